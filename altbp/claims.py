@@ -113,11 +113,11 @@ def anchor(
     fields = json.dumps([record[k] for k in ("kind", "measured", "op", "bound", "note")])
     return f"claim-{record['id'].replace('.', '-')}-{zlib.crc32(fields.encode()):08x}"
 
-# %% ../nbs/90_claims.ipynb #44586c25
+# %% ../nbs/90_claims.ipynb #f60c30f6
 def card(
     c: Claim, # the record to show
 ) -> str:
-    "Return the record as a small HTML card."
+    "Return the record as a small card, HTML inside Markdown."
     e = html.escape
     kind = f"<span class='claim-kind'>{e(c.kind)}</span>" if c.kind else ""
     value = f"<span class='claim-value'>{e(' '.join((c.measured, c.op, c.bound)))}</span>" if c.op else ""
@@ -126,7 +126,7 @@ def card(
     return (f"<div class='claim claim-{c.verdict.split()[0]}' id='{anchor(asdict(c))}'><span class='claim-verdict'>{c.verdict}</span> "
             f"<code>{e(c.id)}</code> {kind} {value} {note}</div>")
 
-# %% ../nbs/90_claims.ipynb #1fd79a91
+# %% ../nbs/90_claims.ipynb #59930f2b
 def check(
     id: str,   # "paper.claim", as declared in nbs/claims.yml
     *args,     # as for `evaluate`
@@ -138,7 +138,7 @@ def check(
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None: return print(line)
     sys.modules["IPython"].display.publish_display_data(
-        {MIME: asdict(c), "text/html": card(c), "text/plain": line})
+        {MIME: asdict(c), "text/markdown": card(c), "text/plain": line})
 
 # %% ../nbs/90_claims.ipynb #2349a729
 def read_registry(

@@ -103,7 +103,8 @@ def run(path):
     from execnb.nbio import dict2nb, write_nb
 
     nb, start = nbformat.read(path, as_version=4), time.time()
-    NotebookClient(nb, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}).execute()
+    NotebookClient(nb, timeout=3600, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+                   resources={"metadata": {"path": str(NBS)}}).execute()
     seconds = time.time() - start
     nb.metadata["altbp"] = {
         "fingerprint": fingerprint(path), "seconds": round(seconds, 1), "python": platform.python_version(),
