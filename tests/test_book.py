@@ -1,0 +1,241 @@
+"""The book as a whole: references, links, cells, stored outputs, and what is generated from them."""
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
+CHAPTERS = [p for p in NOTEBOOKS if p.name[0] == "0"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "index.qmd", *sorted(NBS.glob("*.qmd")), *NOTEBOOKS]
+KINDS = "eq|thm|lem|prp|cor|def|exm|exr|fig|tbl|sec|lst|cnj|rem|sol|alg"
+LABEL = re.compile(rf"\{{#((?:{KINDS})-[\w-]+)|^#\|\s*label:\s*((?:{KINDS})-[\w-]+)", re.M)
+REF = re.compile(rf"(?<![\w`@])@((?:{KINDS})-[\w-]+)")
+CITATION = re.compile(rf"(?<![\w`@.])@(?!(?:{KINDS})-)([a-z]+\d{{4}}[a-z]?)\b")
+
+
+def cells(path, kind=None):
+    """Return the cells of a notebook, or one text cell for a Markdown file."""
+    if path.suffix != ".ipynb":
+        return [] if kind == "code" else [{"cell_type": "markdown", "source": path.read_text(encoding="utf-8")}]
+    out = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [dict(c, source="".join(c["source"])) for c in out if kind in (None, c["cell_type"])]
+
+
+def prose(path):
+    """Return what a page says: text cells without code blocks, and the captions of its figures."""
+    text = "\n".join(c["source"] for c in cells(path, "markdown"))
+    captions = re.findall(r"^#\|\s*(?:fig|tbl)-cap:(.*)$", "\n".join(c["source"] for c in cells(path, "code")), re.M)
+    return re.sub(r"```.*?```", "", "\n".join([text, *captions]), flags=re.S)
+
+
+def labels(path):
+    """Return the labels that a page defines."""
+    return [a or b for c in cells(path) for a, b in LABEL.findall(c["source"])]
+
+
+def lines(source):
+    """Return the number of lines of code in a cell, directives apart."""
+    return sum(bool(s.strip()) and not s.startswith("#|") for s in source.splitlines())
+
+
+def each(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda p: p.name)
+
+
+# References and links ---------------------------------------------------------------------------------------------
+
+def test_labels_are_unique():
+    every = [label for p in PAGES for label in labels(p)]
+    assert sorted(set(every)) == sorted(every)
+
+
+@each(PAGES)
+def test_every_reference_has_its_label(page):
+    known = {label for p in PAGES for label in labels(p)}
+    assert not set(REF.findall(prose(page))) - known
+
+
+@each(NOTEBOOKS)
+def test_docstrings_cite_labels_that_exist(page):
+    known = {label for p in PAGES for label in labels(p)}
+    assert not set(REF.findall("\n".join(c["source"] for c in cells(page, "code")))) - known
+
+
+@each(PAGES)
+def test_every_citation_has_its_entry(page):
+    entries = re.findall(r"^@\w+\{(\w+),", (NBS / "references.bib").read_text(encoding="utf-8"), re.M)
+    assert len(entries) == len(set(entries))
+    assert not set(CITATION.findall(prose(page))) - set(entries)
+
+
+@each(PAGES)
+def test_every_relative_link_has_its_target(page):
+    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", prose(page)):
+        if not re.match(r"https?:|mailto:", target):
+            assert (page.parent / target).exists() or (ROOT / target).exists(), target
+
+
+@each(NOTEBOOKS)
+def test_no_typed_numbers(page):
+    found = re.search(r"\b(?:Figure|Theorem|Equation|Eq\.|Section|Table|Chapter) \d", prose(page))
+    assert not found, f"{found[0]!r}: use a reference or a link"
+
+
+def test_every_chapter_is_in_the_site():
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]
+    listed = re.findall(r"nbs/[\w.-]+", json.dumps([site["chapters"], site["appendices"]]))
+    assert sorted(listed) == sorted(str(p.relative_to(ROOT).as_posix()) for p in [*NOTEBOOKS, *NBS.glob("*.qmd")])
+    chapters = [f for f in listed if f.startswith("nbs/0")]
+    assert chapters == sorted(chapters)
+
+
+def test_the_checks_above_see_what_they_look_for(tmp_path):
+    page = tmp_path / "page.qmd"
+    page.write_text("::: {#thm-a}\n:::\n$$ x $$ {#eq-b}\nSee @thm-a, @eq-c, [@nobody1999], `@fig-code` and a@b.com.")
+    assert labels(page) == ["thm-a", "eq-b"]
+    assert REF.findall(prose(page)) == ["thm-a", "eq-c"]
+    assert CITATION.findall(prose(page)) == ["nobody1999"]
+
+
+# Cells ------------------------------------------------------------------------------------------------------------
+
+@each(NOTEBOOKS)
+def test_front_matter(page):
+    head = yaml.safe_load(cells(page)[0]["source"].strip().strip("-"))
+    assert {"title", "subtitle", "description", "output-file"} <= head.keys()
+    assert not re.search(r"^# ", prose(page), re.M), "the title comes from the front matter"
+
+
+@each(NOTEBOOKS)
+def test_cell_limits(page):
+    code = [lines(c["source"]) for c in cells(page, "code") if c["source"].strip()]
+    assert max(code) <= 30 and statistics.median(code) <= 8
+    assert len(cells(page)) <= 130 and len(re.sub(r"\$[^$]*\$", " ", prose(page)).split()) <= 3500
+    assert not any(re.match(r"#\|\s*exports?:|#\|\s*exporti:", c["source"]) for c in cells(page, "code"))
+
+
+@each(NOTEBOOKS)
+def test_figures_have_caption_and_alt_text(page):
+    for c in cells(page, "code"):
+        if any("image/" in k for o in c["outputs"] for k in o.get("data", {})):
+            for key in ("label: fig-", "fig-cap:", "fig-alt:"):
+                assert f"#| {key}" in c["source"], f"{key} is missing in\n{c['source'][:200]}"
+
+
+@each(CHAPTERS)
+def test_chapters_have_exercises_with_solutions(page):
+    text = prose(page)
+    n = len(re.findall(r"^### Exercise: ", text, re.M))
+    assert n >= 3 and len(re.findall(r'collapse="true" title="Solution"', text)) == n
+
+
+# Stored outputs ---------------------------------------------------------------------------------------------------
+
+@each(NOTEBOOKS)
+def test_stored_outputs_are_up_to_date(page, book):
+    assert not book.stale(page), f"{page.name}: its stored outputs are stale; run `make notebooks`"
+
+
+@each(NOTEBOOKS)
+def test_no_stored_errors_or_warnings(page):
+    for c in cells(page, "code"):
+        for o in c["outputs"]:
+            assert o["output_type"] != "error" and o.get("name") != "stderr", c["source"][:200]
+            assert "text/html" not in o.get("data", {}), "HTML outputs make the site load scripts from elsewhere"
+
+
+@each(NOTEBOOKS)
+def test_notebooks_are_clean(page, book):
+    from execnb.nbio import dict2nb, nb2str
+    from nbdev.clean import clean_nb
+
+    text = page.read_text(encoding="utf-8")
+    nb = dict2nb(json.loads(text))
+    clean_nb(nb, allowed_metadata_keys=book.settings()["allowed_metadata_keys"].split())
+    assert json.loads(nb2str(nb)) == json.loads(text), f"{page.name}: run nbdev_clean"
+
+
+@each(NOTEBOOKS)
+def test_exported_module_is_in_sync(page, tmp_path):
+    from nbdev.export import nb_export
+
+    name = re.search(r"#\| default_exp (\S+)", "\n".join(c["source"] for c in cells(page, "code")))
+    if name:
+        nb_export(page, lib_path=tmp_path)
+        made = (tmp_path / f"{name[1]}.py").read_text(encoding="utf-8")
+        # the markers name the notebook relative to the package, which is elsewhere here
+        plain = lambda s: re.sub(r"^# (%%|AUTOGENERATED).*$", "", s, flags=re.M)
+        assert plain(made) == plain((ROOT / "altbp" / f"{name[1]}.py").read_text(encoding="utf-8"))
+
+
+def test_fingerprint_sees_code_modules_and_data(book, tmp_path, monkeypatch):
+    nb = {"cells": [{"cell_type": "code", "source": "#| label: fig-a\nimport altbp.figures\nload('results/a.json')"}],
+          "metadata": {}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text("1")
+    page = tmp_path / "x.ipynb"
+    page.write_text(json.dumps(nb))
+    monkeypatch.setattr(book, "NBS", tmp_path)
+    first = book.fingerprint(page)
+    page.write_text(page.read_text().replace("fig-a", "fig-b"))
+    assert book.fingerprint(page) == first, "a label changes no output"
+    (tmp_path / "results" / "a.json").write_text("2")
+    second = book.fingerprint(page)
+    assert second != first
+    monkeypatch.setattr(book, "module_text", lambda name: (f"changed {name}", frozenset()))
+    assert book.fingerprint(page) != second
+    page.write_text(page.read_text().replace("load(", "save("))
+    assert book.fingerprint(page) not in (first, second)
+
+
+def test_generated_files_are_in_sync(book):
+    for path, text in book.derived().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python tools/book.py sync`"
+
+
+def test_every_declared_claim_is_checked():
+    from altbp import claims
+
+    records = [r for p in NOTEBOOKS for r in claims.read_notebook(p)]
+    assert not claims.audit(claims.read_registry(NBS / "claims.yml"), records)
+
+
+# The package ------------------------------------------------------------------------------------------------------
+
+def test_import_needs_torch_and_numpy_only():
+    modules = [p.stem for p in (ROOT / "altbp").glob("*.py") if p.stem[0] != "_"]
+    blocked = ["fastcore", "nbdev", "execnb", "sympy", "matplotlib", "sklearn", "tqdm", "yaml", "PIL", "IPython", "scipy"]
+    code = (f"import sys\nfor m in {blocked}: sys.modules[m] = None\nimport altbp\n"
+            "assert not [m for m in sys.modules if m.startswith(('torch', 'altbp.'))], 'import altbp is not light'\n"
+            f"import importlib\nfor m in {modules}: importlib.import_module('altbp.' + m)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_public_functions_are_documented():
+    import importlib
+    import inspect
+
+    for p in (ROOT / "altbp").glob("*.py"):
+        if p.stem[0] == "_":
+            continue
+        module = importlib.import_module(f"altbp.{p.stem}")
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isfunction(thing) or inspect.isclass(thing):
+                assert inspect.getdoc(thing), f"altbp.{p.stem}.{name} has no docstring"
+
+
+def test_tracked_files_name_no_machine():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for f in filter(None, files):
+        path = ROOT / f
+        if path.is_file() and path.name != "test_book.py":
+            found = re.search(rb"/(?:work|root|home|Users)/[\w.]|pypi\.org|files\.pythonhosted", path.read_bytes())
+            assert not found, f"{f}: {found[0]}"
