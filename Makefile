@@ -44,9 +44,9 @@ test: $(STAMP) ## everything that CI checks: exports in sync, notebooks, pytest
 		test "$$before" = "$$after" || { git --no-pager diff --stat -- altbp; \
 		echo "altbp/ differed from what the notebooks export; it is now up to date: commit it"; exit 1; }
 	@echo "== notebooks, in two processes"
-	nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 python tools/book.py test
 	@echo "== pytest"
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 notebooks: $(STAMP) ## re-execute every chapter and store its outputs
 	nbdev_export

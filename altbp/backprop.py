@@ -13,30 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_backprop.ipynb #6da298b8
+# %% ../nbs/00_backprop.ipynb #65f9710d
 def relative_error(
     approx: Tensor,  # any shape
     exact: Tensor,   # the same shape
 ) -> float:          # ‖approx − exact‖ / ‖exact‖; for exact = 0: 0 if approx = 0, else inf
-    "Return the Euclidean distance of two tensors relative to the second; raise ValueError unless shapes agree."
+    "Return the distance of two tensors relative to the second; raise ValueError unless shapes agree."
     if approx.shape != exact.shape:
         raise ValueError(f"approx: shape {tuple(approx.shape)} differs from exact's {tuple(exact.shape)}")
     distance, scale = (approx - exact).norm().item(), exact.norm().item()
     return distance / scale if scale else (0.0 if distance == 0 else math.inf)
 
-# %% ../nbs/00_backprop.ipynb #356b331e
+# %% ../nbs/00_backprop.ipynb #10834166
 def angle(
     u: Tensor,            # any shape, read as one vector
     v: Tensor,            # the same number of entries
     degrees: bool = True, # in degrees, else in radians
 ) -> float:
-    "Return the angle between two vectors by @eq-bp-angle; raise ValueError for a zero, non-finite or misshapen one."
+    "Return the angle between two vectors by @eq-bp-angle; raise ValueError unless both have a direction."
     if u.numel() != v.numel(): raise ValueError(f"u has {u.numel()} entries, v has {v.numel()}")
     unit = []
     for name, w in (("u", u), ("v", v)):
         w = w.detach().reshape(-1).double()
         w = w / w.abs().max() if w.numel() else w  # no overflow or underflow in the norm
-        if not w.numel() or not torch.isfinite(w).all(): raise ValueError(f"{name}: needs finite entries, not all zero")
+        if not w.numel() or not torch.isfinite(w).all():
+            raise ValueError(f"{name}: needs finite entries, not all zero")
         unit.append(w / w.norm())
     theta = 2 * math.atan2((unit[0] - unit[1]).norm().item(), (unit[0] + unit[1]).norm().item())
     return math.degrees(theta) if degrees else theta
@@ -50,7 +51,7 @@ def linear_backward(
     "Return the gradients of z = x Wᵀ + b by @eq-bp-linear."
     return g @ W, g.mT @ x, g.sum(0)
 
-# %% ../nbs/00_backprop.ipynb #99faa802
+# %% ../nbs/00_backprop.ipynb #f4ea7578
 def conv2d_backward(
     g: Tensor,        # dL/dz, (n, c_out, h', w')
     x: Tensor,        # inputs, (n, c_in, h, w)
@@ -60,9 +61,11 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor]:  # dL/dx and dL/dW, shaped as x and W
     "Return the gradients of a 2-D convolution by @eq-bp-conv."
     kh, kw = W.shape[2:]
-    rest = [x.shape[2 + i] - ((g.shape[2 + i] - 1) * stride - 2 * padding + W.shape[2 + i]) for i in (0, 1)]
+    reach = lambda i: (g.shape[i] - 1) * stride - 2 * padding + W.shape[i]  # pixels that a window saw
+    rest = [x.shape[i] - reach(i) for i in (2, 3)]
     dx = F.conv_transpose2d(g, W, stride=stride, padding=padding, output_padding=tuple(rest))
-    dW = F.conv2d(x.transpose(0, 1), g.transpose(0, 1), padding=padding, dilation=stride).transpose(0, 1)
+    dW = F.conv2d(x.transpose(0, 1), g.transpose(0, 1), padding=padding,
+                  dilation=stride).transpose(0, 1)
     return dx, dW[:, :, :kh, :kw]
 
 # %% ../nbs/00_backprop.ipynb #f47c0cc4
@@ -109,7 +112,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # name: (φ, φ')
     "relu": (torch.relu, lambda z: (z > 0).to(z.dtype)),
 }
 
-# %% ../nbs/00_backprop.ipynb #99dc87c8
+# %% ../nbs/00_backprop.ipynb #ef91d9e0
 def mlp_init(
     sizes: Iterable[int],               # d_0, …, d_L
     init: str = "gaussian",             # "gaussian": variance 1/d_in; "orthogonal": WᵀW = 1 or WWᵀ = 1
@@ -118,8 +121,10 @@ def mlp_init(
 ) -> list[tuple[Tensor, Tensor]]:       # [(W_l, b_l)], W_l of shape (d_l, d_{l-1}), b_l = 0
     "Return initial weights and zero biases of an MLP; raise ValueError for a bad size or scheme."
     sizes = list(sizes)
-    if len(sizes) < 2 or min(sizes) < 1: raise ValueError(f"sizes: {sizes} needs two or more positive widths")
-    if init not in ("gaussian", "orthogonal"): raise ValueError(f"init: {init!r} is not 'gaussian' or 'orthogonal'")
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"sizes: {sizes} needs two or more positive widths")
+    if init not in ("gaussian", "orthogonal"):
+        raise ValueError(f"init: {init!r} is not 'gaussian' or 'orthogonal'")
     params = []
     for fan_in, fan_out in zip(sizes, sizes[1:]):
         W = torch.randn(fan_out, fan_in, dtype=dtype, generator=generator) / fan_in**0.5
@@ -142,7 +147,7 @@ def mlp_forward(
         zs.append(hs[-1] @ W.mT + b)
     return zs, hs
 
-# %% ../nbs/00_backprop.ipynb #7bfaf8fc
+# %% ../nbs/00_backprop.ipynb #fd25f4bf
 def mlp_deltas(
     params: list[tuple[Tensor, Tensor]],   # [(W_l, b_l)]
     zs: list[Tensor],                      # pre-activations from `mlp_forward`
@@ -153,7 +158,8 @@ def mlp_deltas(
     "Return the deltas of all layers by the recursion @eq-bp-deltas."
     backward = [W for W, _ in params[1:]] if feedback is None else feedback
     if [B.shape for B in backward] != [W.shape for W, _ in params[1:]]:
-        raise ValueError(f"feedback: shapes {[tuple(B.shape) for B in backward]} are not those of W_2 … W_L")
+        shapes = [tuple(B.shape) for B in backward]
+        raise ValueError(f"feedback: shapes {shapes} are not those of W_2 … W_L")
     slope, deltas = ACTIVATIONS[activation][1], [delta]
     for B, z in zip(reversed(backward), reversed(zs[:-1])):
         deltas.append((deltas[-1] @ B) * slope(z))
@@ -172,10 +178,10 @@ def manual_mlp_gradients(
     deltas = mlp_deltas(params, zs, softmax_cross_entropy_backward(zs[-1], y), activation, feedback)
     return F.cross_entropy(zs[-1], y), [(d.mT @ h, d.sum(0)) for d, h in zip(deltas, hs)]
 
-# %% ../nbs/00_backprop.ipynb #de032f58
+# %% ../nbs/00_backprop.ipynb #f720bddf
 def saved_bytes(
     forward: Callable[[], object],   # a call that builds the graph, for instance lambda: model(x)
-    exclude: Iterable[Tensor] = (),  # tensors whose storage does not count, for instance model.parameters()
+    exclude: Iterable[Tensor] = (),  # tensors that do not count, for instance model.parameters()
 ) -> int:
     "Return the bytes that autograd keeps for the backward pass of `forward()`, each storage counted once."
     known = {t.untyped_storage().data_ptr() for t in exclude}
