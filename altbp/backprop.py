@@ -112,6 +112,15 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # name: (φ, φ')
     "relu": (torch.relu, lambda z: (z > 0).to(z.dtype)),
 }
 
+# %% ../nbs/00_backprop.ipynb #4a8e9f1a
+def _activation(
+    name, # a key of `ACTIVATIONS`
+):
+    "Return (φ, φ'); raise ValueError for an unknown name."
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
 # %% ../nbs/00_backprop.ipynb #ef91d9e0
 def mlp_init(
     sizes: Iterable[int],               # d_0, …, d_L
@@ -132,22 +141,21 @@ def mlp_init(
         params.append((W, torch.zeros(fan_out, dtype=dtype)))
     return params
 
-# %% ../nbs/00_backprop.ipynb #d7fc0268
+# %% ../nbs/00_backprop.ipynb #6daa9de6
 def mlp_forward(
     params: list[tuple[Tensor, Tensor]], # [(W_l, b_l)] from `mlp_init`
     x: Tensor,                           # inputs, (n, d_0)
     activation: str = "tanh",            # a key of `ACTIVATIONS`; the last layer is linear
 ) -> tuple[list[Tensor], list[Tensor]]:  # [z_1 … z_L] and [h_0 … h_{L-1}]
     "Return all pre-activations and all layer inputs of an MLP; the output is the last pre-activation."
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    phi, _ = _activation(activation)
     zs, hs = [], [x]
     for W, b in params:
-        if zs: hs.append(ACTIVATIONS[activation][0](zs[-1]))
+        if zs: hs.append(phi(zs[-1]))
         zs.append(hs[-1] @ W.mT + b)
     return zs, hs
 
-# %% ../nbs/00_backprop.ipynb #fd25f4bf
+# %% ../nbs/00_backprop.ipynb #84f7d414
 def mlp_deltas(
     params: list[tuple[Tensor, Tensor]],   # [(W_l, b_l)]
     zs: list[Tensor],                      # pre-activations from `mlp_forward`
@@ -160,7 +168,7 @@ def mlp_deltas(
     if [B.shape for B in backward] != [W.shape for W, _ in params[1:]]:
         shapes = [tuple(B.shape) for B in backward]
         raise ValueError(f"feedback: shapes {shapes} are not those of W_2 … W_L")
-    slope, deltas = ACTIVATIONS[activation][1], [delta]
+    (_, slope), deltas = _activation(activation), [delta]
     for B, z in zip(reversed(backward), reversed(zs[:-1])):
         deltas.append((deltas[-1] @ B) * slope(z))
     return deltas[::-1]

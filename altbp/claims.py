@@ -50,13 +50,13 @@ class Claim:
     verdict: str   # holds, fails, not reproducible
     note: str = "" # how it was measured (n, seeds), or why it could not be
 
-# %% ../nbs/90_claims.ipynb #b7ffe0e5
-def _text(
-    x,  # a number
+# %% ../nbs/90_claims.ipynb #a7984d60
+def _texts(
+    a, b, # two numbers
 ):
-    "Write a number with three digits."
-    if isinstance(x, bool) or isinstance(x, int): return str(x)
-    return f"{x:.3g}"
+    "Write two numbers with three digits, or with all of them if three do not tell them apart."
+    short = [str(x) if isinstance(x, int) else f"{x:.3g}" for x in (a, b)]
+    return short if short[0] != short[1] or a == b else [repr(a), repr(b)]
 
 def _number(
     x,    # number, one-element tensor or array, SymPy number
@@ -72,12 +72,13 @@ def _number(
 def _nonzero(
     residual, # SymPy expression or matrix
 ):
-    "Count the entries of a SymPy residual that are not identically zero."
+    "Count the entries of a SymPy residual that are not identically zero; raise ValueError if it has none."
     try: entries = list(residual)
     except TypeError: entries = [residual]
+    if not entries: raise ValueError("measured: an empty residual proves nothing")
     return sum(e != 0 for e in entries)
 
-# %% ../nbs/90_claims.ipynb #765f3e7a
+# %% ../nbs/90_claims.ipynb #c9ac0b66
 def evaluate(
     id: str,                # "paper.claim", as declared in nbs/claims.yml
     measured=None,          # computed value; for kind="symbolic" a residual that must vanish
@@ -99,11 +100,12 @@ def evaluate(
     if kind == "symbolic": measured, bound, op = _nonzero(measured), 0, "=="
     m, b = _number(measured, "measured"), _number(bound, "bound")
     want = (verdict == "holds") != (kind == "control")
+    left, right = _texts(m, b)
+    if op == "~": right += f" ± {tol:.3g}"
     if compare(m, op, b, tol) != want:
         raise AssertionError(f"{id} ({kind}, declared: {verdict}): "
-                             f"{_text(m)} {op} {_text(b)} is {not want}, expected {want}")
-    shown = _text(b) + (f" ± {_text(tol)}" if op == "~" else "")
-    return Claim(id, kind, _text(m), op, shown, verdict, note)
+                             f"{left} {op} {right} is {not want}, expected {want}")
+    return Claim(id, kind, left, op, right, verdict, note)
 
 # %% ../nbs/90_claims.ipynb #6e2d9d4a
 def anchor(
@@ -126,7 +128,7 @@ def card(
     return (f"<div class='claim claim-{c.verdict.split()[0]}' id='{anchor(asdict(c))}'><span class='claim-verdict'>{c.verdict}</span> "
             f"<code>{e(c.id)}</code> {kind} {value} {note}</div>")
 
-# %% ../nbs/90_claims.ipynb #59930f2b
+# %% ../nbs/90_claims.ipynb #cfe6f528
 def check(
     id: str,   # "paper.claim", as declared in nbs/claims.yml
     *args,     # as for `evaluate`
@@ -134,31 +136,34 @@ def check(
 ) -> None:
     "Evaluate a check; show its card in a notebook, or print one line elsewhere."
     c = evaluate(id, *args, **kwargs)
-    line = " ".join(filter(None, (f"[{c.verdict}]", c.id, c.kind, c.measured, c.op, c.bound, c.note)))
+    line = " ".join(filter(None,
+                           (f"[{c.verdict}]", c.id, c.kind, c.measured, c.op, c.bound, c.note)))
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None: return print(line)
     sys.modules["IPython"].display.publish_display_data(
         {MIME: asdict(c), "text/markdown": card(c), "text/plain": line})
 
-# %% ../nbs/90_claims.ipynb #2349a729
+# %% ../nbs/90_claims.ipynb #f74c3604
 def read_registry(
     path, # nbs/claims.yml
 ) -> dict:
     "Return {id: {paper, statement, by}} from the registry; needs PyYAML."
     import yaml
     papers = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return {f"{p}.{k}": dict(paper=d["title"], **c) for p, d in papers.items() for k, c in d["claims"].items()}
+    return {f"{p}.{k}": dict(paper=d["title"], **c) for p, d in papers.items() for k,
+            c in d["claims"].items()}
 
-# %% ../nbs/90_claims.ipynb #64ed5184
+# %% ../nbs/90_claims.ipynb #f3405be3
 def read_notebook(
     path, # an .ipynb file with stored outputs
 ) -> list:
     "Return the records stored in a notebook, in order, each with the index of its cell."
     nb = json.loads(Path(path).read_text(encoding="utf-8"))
     return [dict(o["data"][MIME], notebook=Path(path).name, cell=i)
-            for i, c in enumerate(nb["cells"]) for o in c.get("outputs", []) if MIME in o.get("data", {})]
+            for i, c in enumerate(nb["cells"]) for o in c.get("outputs",
+                                                              []) if MIME in o.get("data", {})]
 
-# %% ../nbs/90_claims.ipynb #58c3578f
+# %% ../nbs/90_claims.ipynb #b0982ac9
 def audit(
     registry: dict, # from `read_registry`
     records: list,  # from `read_notebook`, over all notebooks
@@ -173,7 +178,8 @@ def audit(
         if not found: wrong.append(f"{id} is declared but no notebook checks it")
         elif len(verdicts) != 1: wrong.append(f"{id} has the verdicts {sorted(verdicts)}: one is needed")
         elif verdicts != {"not reproducible"}:
-            wrong += [f"{id} lacks its {k} check" for k in entry["by"] if k not in {r["kind"] for r in found}]
+            need = {*entry["by"], *(["control"] if verdicts == {"holds"} else [])}
+            wrong += [f"{id} lacks its {k} check" for k in need if k not in {r["kind"] for r in found}]
     return sorted(wrong)
 
 # %% ../nbs/90_claims.ipynb #e2c2f84c

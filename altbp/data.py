@@ -110,11 +110,11 @@ MIRRORS = {
                       "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
 }
 
-# %% ../nbs/91_data.ipynb #f1eeafab
+# %% ../nbs/91_data.ipynb #2f95d953
 SOURCES = {
     "mnist": MIRRORS["mnist"][1],
     "fashion_mnist": "https://github.com/zalandoresearch/fashion-mnist",
-    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html (write its images to {train,test}/CLASS/NNNN.jpg or .png)",
 }
 CIFAR_ARCHIVE = "cifar10-jpeg.tar.gz"
 
@@ -195,7 +195,7 @@ def progress(
     except ImportError: return items
     return tqdm(items, desc=desc, disable=None if show is None else False, leave=False)
 
-# %% ../nbs/91_data.ipynb #52af35a3
+# %% ../nbs/91_data.ipynb #f631a953
 def _download(
     name: str, # data set
     file: str, # its file, a key of SHA256[name]
@@ -206,7 +206,8 @@ def _download(
         url = f"{mirror}{file}.gz"
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
-                raw = b"".join(progress(iter(partial(response.read, 1 << 20), b""), f"{name}/{file}, MB"))
+                raw = b"".join(progress(iter(partial(response.read, 1 << 20), b""),
+                                        f"{name}/{file}, MB"))
             _verify(_decompress(raw, url), name, file, url)
             with atomic(target) as temp: temp.write_bytes(raw)
             return target
@@ -296,7 +297,7 @@ class Dataset:
         return (f"Dataset({self.name!r}, {sizes} examples of shape {tuple(self.x_train.shape[1:])}, "
                 f"{len(self.classes)} classes, {self.x_train.dtype}, {self.x_train.device})")
 
-# %% ../nbs/91_data.ipynb #6c547092
+# %% ../nbs/91_data.ipynb #037bba7d
 def _dataset(
     name, classes, # as in Dataset
     images,  # (n, channels, height, width) uint8, and the same for the test part or None
@@ -306,7 +307,8 @@ def _dataset(
     seed, split, flat, dtype, # as for `load`
 ) -> Dataset:
     "Cut the arrays into the parts of a Dataset."
-    (x, x_test), (y, y_test) = images, [l if l is None else torch.from_numpy(l).long() for l in labels]
+    (x, x_test), (y,
+                  y_test) = images, [l if l is None else torch.from_numpy(l).long() for l in labels]
     order = order_of(y, seed, split)
     if x_test is None:
         parts = [(x, y, i) for i in _cut(order, _sizes(len(y), *sizes))]
@@ -337,7 +339,7 @@ def _digits(
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
-# %% ../nbs/91_data.ipynb #a7248cc5
+# %% ../nbs/91_data.ipynb #8e82f082
 def _idx_images(
     name: str, # mnist or fashion_mnist
     verify, download, # as for `load`
@@ -347,12 +349,13 @@ def _idx_images(
     for x, y in (a[:2], a[2:]):
         if x.ndim != 3 or y.ndim != 1 or len(x) != len(y) or x.dtype != np.uint8:
             raise DataCorrupt(f"{name}: images {x.shape} and labels {y.shape} do not belong together")
-    if max(y.max(initial=0) for y in (a[1], a[3])) > 9: raise DataCorrupt(f"{name}: labels greater than 9")
+    if max(y.max(initial=0) for y in (a[1],
+                                      a[3])) > 9: raise DataCorrupt(f"{name}: labels greater than 9")
     title, classes = {"mnist": ("MNIST", [str(c) for c in range(10)]),
                       "fashion_mnist": ("Fashion-MNIST", FASHION)}[name]
     return title, classes, (a[0][:, None], a[2][:, None]), (a[1], a[3]), 255
 
-# %% ../nbs/91_data.ipynb #8da59822
+# %% ../nbs/91_data.ipynb #726d3a67
 def _image_files(
     source: Path, # folder with train/ and test/, or the archive
 ) -> Iterator[tuple[str, bytes]]:
@@ -364,11 +367,12 @@ def _image_files(
     try:
         with tarfile.open(source, "r:gz") as tar:
             for m in tar:
-                if m.isfile() and m.name.endswith((".jpg", ".png")): yield m.name, tar.extractfile(m).read()
+                if m.isfile() and m.name.endswith((".jpg",
+                                                   ".png")): yield m.name, tar.extractfile(m).read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
         raise DataCorrupt(f"{source}: damaged archive ({e})") from e
 
-# %% ../nbs/91_data.ipynb #94a14427
+# %% ../nbs/91_data.ipynb #794a5efe
 def _decode(
     content: bytes, # of a JPEG or PNG file
     path: str,      # its name, for the message
@@ -377,7 +381,8 @@ def _decode(
     from PIL import Image
     try: a = np.asarray(Image.open(BytesIO(content)).convert("RGB"))
     except (OSError, SyntaxError) as e: raise DataCorrupt(f"{path}: not a whole image ({e})") from e
-    if a.shape != (32, 32, 3): raise DataCorrupt(f"{path}: an image of shape {a.shape}, not (32, 32, 3)")
+    if a.shape != (32, 32,
+                   3): raise DataCorrupt(f"{path}: an image of shape {a.shape}, not (32, 32, 3)")
     return a.transpose(2, 0, 1)
 
 # %% ../nbs/91_data.ipynb #c430c776
@@ -400,14 +405,15 @@ def _decode_all(
         out[f"y_{part}"] = np.array([classes.index(label) for _, label in keys])
     return out
 
-# %% ../nbs/91_data.ipynb #19181358
+# %% ../nbs/91_data.ipynb #5544d1f4
 def _source_key(
     source: Path, # folder with train/ and test/, or the archive
 ) -> str:
     "Return a hash of an archive's content, or of a tree's names, sizes and times."
     if source.is_file(): return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     stats = ((p.relative_to(source).as_posix(), p.stat()) for p in sorted(source.glob("*/*/*")))
-    return hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for p,
+                                s in stats]).encode()).hexdigest()[:16]
 
 # %% ../nbs/91_data.ipynb #284690f7
 def _decoded(
@@ -427,14 +433,15 @@ def _decoded(
     except OSError as e: warnings.warn(f"the decoded images cannot be kept in {cached.parent}: {e}")
     return a
 
-# %% ../nbs/91_data.ipynb #75996b79
+# %% ../nbs/91_data.ipynb #b059392c
 def _cifar10(
     verify, download, # as for `load`; there is nothing to download
 ):
     "Return CIFAR-10 (JPEG); raise DataNotFound, DataCorrupt."
     source = _find("cifar10", ("train", CIFAR_ARCHIVE))
     if source is None:
-        raise _not_found("cifar10", f"{CIFAR_ARCHIVE}, or its content {{train,test}}/CLASS/NNNN.jpg,")
+        raise _not_found("cifar10",
+                         f"{CIFAR_ARCHIVE}, or its content {{train,test}}/CLASS/NNNN.jpg,")
     source = source.parent if source.name == "train" else source
     a = _decoded(source)
     images, labels = (a["x_train"], a["x_test"]), (a["y_train"], a["y_test"])
@@ -526,7 +533,7 @@ def _count(
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
             raise ValueError(f"{k}: {v!r} is not 1, 2, 3, …")
 
-# %% ../nbs/91_data.ipynb #ae82daed
+# %% ../nbs/91_data.ipynb #67807714
 def gaussian_regression(
     n: int,                              # examples
     d: int,                              # dimensions
@@ -537,7 +544,8 @@ def gaussian_regression(
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Draw x (n, d), y = xθ + σε (n,) and θ ~ N(0, I) (d,); raise ValueError, TypeError."
     _count(n=n, d=d)
-    if rows not in ("unit", "gaussian"): raise ValueError(f"rows: {rows!r} is not one of unit, gaussian")
+    if rows not in ("unit",
+                    "gaussian"): raise ValueError(f"rows: {rows!r} is not one of unit, gaussian")
     g = _generator(seed)
     x = torch.randn(n, d, generator=g, dtype=dtype)
     x = x / (x.norm(dim=1, keepdim=True) if rows == "unit" else math.sqrt(d))

@@ -90,9 +90,11 @@ def experiment(
         return fn
     return register
 
-# %% ../nbs/93_experiments.ipynb #38eb0ad4
-@experiment("digits-mlp", "Hidden width of a tanh network on the digits, trained by backpropagation",
-            cases=[dict(width=w) for w in (4, 8, 16, 32, 64, 128)], quick=[dict(width=8), dict(width=32)])
+# %% ../nbs/93_experiments.ipynb #be14630d
+@experiment("digits-mlp",
+            "Hidden width of a tanh network on the digits, trained by backpropagation",
+            cases=[dict(width=w) for w in (4, 8, 16, 32, 64, 128)], quick=[dict(width=8),
+                                                                           dict(width=32)])
 def digits_mlp(
     seed: int,           # initial weights, batches and split
     device: str,         # cpu or cuda
@@ -137,29 +139,32 @@ FORMAT = 1  # of the file; another one is refused, not guessed
 class ResultsError(ValueError):
     "A results file is damaged, of another format, or of other code."
 
-# %% ../nbs/93_experiments.ipynb #75784b14
+# %% ../nbs/93_experiments.ipynb #c7c4fd51
 def load_results(
     path, # a file that `altbp run` wrote
 ) -> dict:
     "Return the stored experiment {format, name, summary, module, fingerprint, runs}; raise ResultsError."
     try: stored = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise
-    except (ValueError, OSError) as e: raise ResultsError(f"{path}: not a whole JSON file ({e})") from e
+    except (ValueError,
+            OSError) as e: raise ResultsError(f"{path}: not a whole JSON file ({e})") from e
     keys = {"format", "name", "summary", "module", "fingerprint", "runs"}
-    if not isinstance(stored, dict) or not keys <= stored.keys() or not isinstance(stored["runs"], list):
+    if not isinstance(stored, dict) or not keys <= stored.keys() or not isinstance(stored["runs"],
+                                                                                   list):
         raise ResultsError(f"{path}: not a file of results, which has {', '.join(sorted(keys))}")
     if stored["format"] != FORMAT:
         raise ResultsError(f"{path}: format {stored['format']}, this version reads {FORMAT}")
     return stored
 
-# %% ../nbs/93_experiments.ipynb #329c0845
+# %% ../nbs/93_experiments.ipynb #70284b3e
 def _clean(
     value, # number, tensor, or a list or dictionary of such
     where: str, # for the message
 ):
     "Return plain JSON values; raise TypeError for what is not a number."
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)): value = value.tolist()
-    if isinstance(value, dict): return {str(k): _clean(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, dict): return {str(k): _clean(v, f"{where}[{k!r}]") for k,
+                                        v in value.items()}
     if isinstance(value, (list, tuple)): return [_clean(v, f"{where}[…]") for v in value]
     if isinstance(value, float): return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int)): return value
@@ -196,7 +201,7 @@ def _key(
     "Return what identifies a run."
     return json.dumps([case, seed, quick], sort_keys=True)
 
-# %% ../nbs/93_experiments.ipynb #02296f22
+# %% ../nbs/93_experiments.ipynb #45bfe2b8
 def _make(
     e: Experiment,
     case: dict, seed: int, quick: bool, device: str, # the run
@@ -214,7 +219,8 @@ def _make(
         raise TypeError(f"{e.name}: the result is a {type(result).__name__}, not a dict")
     now = datetime.datetime.now(datetime.timezone.utc)
     return dict(case=case, seed=seed, quick=quick, result=_clean(result, "result"),
-                seconds=round(time.perf_counter() - start, 3), date=now.isoformat(timespec="seconds"),
+                seconds=round(time.perf_counter() - start,
+                              3), date=now.isoformat(timespec="seconds"),
                 command=command, versions=_versions(), hardware=_hardware(device))
 
 # %% ../nbs/93_experiments.ipynb #5b174afe
@@ -278,7 +284,7 @@ def _missing(
     done = {_key(r["case"], r["seed"], r["quick"]) for r in results["runs"]}
     return [(c, s) for c in cases for s in seeds if _key(c, s, quick) not in done]
 
-# %% ../nbs/93_experiments.ipynb #a38146c2
+# %% ../nbs/93_experiments.ipynb #780df703
 def run_experiment(
     e: Experiment,
     seeds: Iterable[int] = (0,),   # one run for each case and seed
@@ -300,7 +306,8 @@ def run_experiment(
         try: record = _make(e, case, seed, quick, device, folder, command)
         except Exception:
             failed += 1
-            print(f"{e.name}, case {case}, seed {seed} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            print(f"{e.name}, case {case}, seed {seed} failed:\n{traceback.format_exc()}",
+                  file=sys.stderr)
             continue
         results["runs"].append(record)
         _write(results, path, keep_old and new == 0)
@@ -364,7 +371,7 @@ def _mean(
     std = statistics.stdev(finite) if len(finite) > 1 else None
     return (statistics.fmean(finite) if finite else None, std, len(finite), len(values))
 
-# %% ../nbs/93_experiments.ipynb #1237fbc1
+# %% ../nbs/93_experiments.ipynb #984166c8
 def summary_table(
     results: dict,               # from `load_results`
     metrics: list | None = None, # names of the columns; None: every number that is not in a list
@@ -375,7 +382,8 @@ def summary_table(
     groups = {}
     for r in runs: groups.setdefault(json.dumps(r["case"], sort_keys=True), []).append(r)
     results = [r["result"].items() for r in runs]
-    known = dict.fromkeys(k for items in results for k, v in items if not isinstance(v, (list, dict)))
+    known = dict.fromkeys(k for items in results for k,
+                          v in items if not isinstance(v, (list, dict)))
     for m in metrics or ():
         if m not in known: raise ValueError(f"metrics: {m!r} is not one of {', '.join(known) or 'none'}")
     arguments = list(dict.fromkeys(k for r in runs for k in r["case"]))
@@ -432,7 +440,7 @@ def _chosen(
     hint = f"did you mean {' or '.join(close)}?" if close else "`altbp list` names them all"
     raise ValueError(f"there is no experiment {name!r}; {hint}")
 
-# %% ../nbs/93_experiments.ipynb #3ac60012
+# %% ../nbs/93_experiments.ipynb #41b3cd29
 def _parser() -> argparse.ArgumentParser:
     "Return the parser of the command line."
     parser = argparse.ArgumentParser("altbp", description="Run the experiments of the book.")
@@ -441,21 +449,24 @@ def _parser() -> argparse.ArgumentParser:
                        ("run", "make the runs that are not stored yet"),
                        ("show", "print a table of results")):
         p = commands.add_parser(name, help=help, description=help)
-        p.add_argument("--out", default="nbs/results", metavar="FOLDER", help="where results are stored")
+        p.add_argument("--out", default="nbs/results", metavar="FOLDER",
+                       help="where results are stored")
         if name == "list": continue
         p.add_argument("name", help="name of an experiment, or all")
         p.add_argument("--quick", action="store_true", help="the short version of an experiment")
         (_run_options if name == "run" else _show_options)(p.add_argument)
     return parser
 
-# %% ../nbs/93_experiments.ipynb #4bacf9e5
+# %% ../nbs/93_experiments.ipynb #78f1e8d5
 def _run_options(
     add, # add_argument of the parser
 ) -> None:
     "Add the options of `altbp run`."
-    add("--seeds", type=_seeds, default=[0], metavar="N", help="5 for seeds 0 to 4, or a list: 0,3,5")
+    add("--seeds", type=_seeds, default=[0], metavar="N",
+        help="5 for seeds 0 to 4, or a list: 0,3,5")
     add("--device", default="cpu", help="cpu (default) or cuda")
-    add("--case", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="only such cases")
+    add("--case", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+        help="only such cases")
     add("--threads", type=int, help="threads of PyTorch")
     add("--fresh", action="store_true", help="begin anew; the old file is kept as .bak")
 
@@ -467,14 +478,15 @@ def _show_options(
     add("--metrics", metavar="A,B", help="columns (default: all numbers)")
     add("--markdown", action="store_true", help="print a Markdown table")
 
-# %% ../nbs/93_experiments.ipynb #be03b1b3
+# %% ../nbs/93_experiments.ipynb #3c296e5a
 def _command(
     a: argparse.Namespace, # of `altbp run`
     name: str,             # experiment
 ) -> str:
     "Return the command that makes a run again."
     full = a.seeds == list(range(len(a.seeds)))
-    seeds = str(len(a.seeds)) if full else ",".join(map(str, a.seeds)) + ("," if len(a.seeds) == 1 else "")
+    seeds = str(len(a.seeds)) if full else ",".join(map(str,
+                                                        a.seeds)) + ("," if len(a.seeds) == 1 else "")
     words = ["altbp", "run", name, "--seeds", seeds, "--device", a.device]
     if a.threads: words += ["--threads", str(a.threads)]
     if a.quick: words += ["--quick"]

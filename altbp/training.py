@@ -129,13 +129,14 @@ class History(dict):
         lists = {k: [v if math.isfinite(v) else None for v in l] for k, l in self.items()}
         return json.dumps(dict(diverged=self.diverged, stopped=self.stopped, **lists))
 
-# %% ../nbs/92_training.ipynb #a2a10845
+# %% ../nbs/92_training.ipynb #80577709
 def _highest(
     name: str,        # of a measurement
     mode: str | None, # max, min or None
 ) -> bool:
     "Say whether greater values are better."
-    if mode not in (None, "max", "min"): raise ValueError(f"mode: {mode!r} is not one of max, min, None")
+    if mode not in (None, "max",
+                    "min"): raise ValueError(f"mode: {mode!r} is not one of max, min, None")
     return mode == "max" if mode else name.endswith("accuracy")
 
 # %% ../nbs/92_training.ipynb #6a1b62c7
@@ -273,13 +274,14 @@ def _unpack(
     if not val or not len(val[0]): return x, y, None
     return x, y, lambda m: {f"val_{k}": v for k, v in evaluate(m, *val, loss=loss).items()}
 
-# %% ../nbs/92_training.ipynb #3199de82
+# %% ../nbs/92_training.ipynb #025ecc9f
 def _begin(
     model, optimizer, scheduler, also, # as for `fit`
     config: dict,                      # arguments that a checkpoint must agree with
 ) -> _State:
     "Return the state of a run that has not begun."
-    opt = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
+    opt = optimizer if isinstance(optimizer,
+                                  torch.optim.Optimizer) else optimizer(model.parameters())
     also = dict(also or {}) | ({"scheduler": scheduler(opt)} if scheduler else {})
     if taken := {"model", "optimizer", "generator"} & also.keys():
         raise ValueError(f"also: {', '.join(taken)} names what a checkpoint holds anyway")

@@ -47,6 +47,8 @@ def test_symbolic_residuals_must_be_zero():
     x = sp.Symbol("x")
     for zero in (sp.Integer(0), sp.zeros(2, 2), [0, x - x], sp.Matrix([x - x])):
         assert evaluate("a.b", zero, kind="symbolic").measured == "0"
+    with pytest.raises(ValueError, match="empty"):
+        evaluate("a.b", [], kind="symbolic")
     for other in (x, sp.Matrix([0, x]), [0, (x + 1) ** 2 - x**2 - 2 * x - 1]):
         with pytest.raises(AssertionError):
             evaluate("a.b", other, kind="symbolic")
@@ -91,7 +93,12 @@ def record(**kwargs):
     return dict(id="p.a", kind="numeric", measured="1", op="<=", bound="2", verdict="holds", note="") | kwargs
 
 
-REGISTRY = {"p.a": dict(paper="P", statement="…", by=["numeric", "control"])}
+REGISTRY = {"p.a": dict(paper="P", statement="…", by=["numeric"])}  # a control is always needed
+
+
+def test_texts_tell_different_numbers_apart():
+    c = evaluate("a.b", 0.1 + 0.2, 0.3, "==", kind="control")
+    assert c.measured != c.bound and float(c.measured) != float(c.bound)
 
 
 @pytest.mark.parametrize("records, word", [
