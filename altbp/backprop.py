@@ -13,18 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_backprop.ipynb #65f9710d
+# %% ../nbs/00_backprop.ipynb #63ec6197
 def relative_error(
     approx: Tensor,  # any shape
     exact: Tensor,   # the same shape
-) -> float:          # ‖approx − exact‖ / ‖exact‖; for exact = 0: 0 if approx = 0, else inf
+) -> float:          # ‖approx − exact‖ / ‖exact‖; NaN if an entry is, inf for exact = 0 ≠ approx
     "Return the distance of two tensors relative to the second; raise ValueError unless shapes agree."
     if approx.shape != exact.shape:
-        raise ValueError(f"approx: shape {tuple(approx.shape)} differs from exact's {tuple(exact.shape)}")
-    distance, scale = (approx - exact).norm().item(), exact.norm().item()
-    return distance / scale if scale else (0.0 if distance == 0 else math.inf)
+        raise ValueError(f"approx: {tuple(approx.shape)} is not the shape of exact, {tuple(exact.shape)}")
+    a, e = approx.detach().double(), exact.detach().double()
+    scale = max(a.abs().max().item(), e.abs().max().item()) if e.numel() else 0.0
+    if scale == 0: return 0.0
+    distance, size = (a / scale - e / scale).norm().item(), (e / scale).norm().item()
+    return distance / size if size else distance * math.inf
 
-# %% ../nbs/00_backprop.ipynb #10834166
+# %% ../nbs/00_backprop.ipynb #471c45c7
 def angle(
     u: Tensor,            # any shape, read as one vector
     v: Tensor,            # the same number of entries
@@ -34,6 +37,7 @@ def angle(
     if u.numel() != v.numel(): raise ValueError(f"u has {u.numel()} entries, v has {v.numel()}")
     unit = []
     for name, w in (("u", u), ("v", v)):
+        if w.is_complex(): raise TypeError(f"{name}: expected real numbers, got {w.dtype}")
         w = w.detach().reshape(-1).double()
         w = w / w.abs().max() if w.numel() else w  # no overflow or underflow in the norm
         if not w.numel() or not torch.isfinite(w).all():
@@ -42,16 +46,25 @@ def angle(
     theta = 2 * math.atan2((unit[0] - unit[1]).norm().item(), (unit[0] + unit[1]).norm().item())
     return math.degrees(theta) if degrees else theta
 
-# %% ../nbs/00_backprop.ipynb #4d56dcd6
+# %% ../nbs/00_backprop.ipynb #b93f6b85
+def _shapes(
+    **tensors, # name=(tensor, number of dimensions)
+):
+    "Raise ValueError for a tensor with another number of dimensions."
+    for name, (t, ndim) in tensors.items():
+        if t.ndim != ndim: raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(t.shape)}")
+
+# %% ../nbs/00_backprop.ipynb #7bda67d9
 def linear_backward(
     g: Tensor,  # dL/dz, (n, d_out)
     x: Tensor,  # inputs, (n, d_in)
     W: Tensor,  # weights, (d_out, d_in)
 ) -> tuple[Tensor, Tensor, Tensor]:  # dL/dx (n, d_in), dL/dW (d_out, d_in), dL/db (d_out,)
-    "Return the gradients of z = x Wᵀ + b by @eq-bp-linear."
+    "Return the gradients of z = x Wᵀ + b by @eq-bp-linear; raise ValueError for other shapes."
+    _shapes(g=(g, 2), x=(x, 2), W=(W, 2))
     return g @ W, g.mT @ x, g.sum(0)
 
-# %% ../nbs/00_backprop.ipynb #f4ea7578
+# %% ../nbs/00_backprop.ipynb #dd0eee39
 def conv2d_backward(
     g: Tensor,        # dL/dz, (n, c_out, h', w')
     x: Tensor,        # inputs, (n, c_in, h, w)
@@ -59,7 +72,10 @@ def conv2d_backward(
     stride: int = 1,  # step of the sliding window
     padding: int = 0, # zeros on each side
 ) -> tuple[Tensor, Tensor]:  # dL/dx and dL/dW, shaped as x and W
-    "Return the gradients of a 2-D convolution by @eq-bp-conv."
+    "Return the gradients of a 2-D convolution by @eq-bp-conv; raise ValueError for other shapes."
+    _shapes(g=(g, 4), x=(x, 4), W=(W, 4))
+    if (x.shape[1], g.shape[1]) != (W.shape[1], W.shape[0]):
+        raise ValueError(f"W: {tuple(W.shape)} does not lead from {x.shape[1]} to {g.shape[1]} channels")
     kh, kw = W.shape[2:]
     reach = lambda i: (g.shape[i] - 1) * stride - 2 * padding + W.shape[i]  # pixels that a window saw
     rest = [x.shape[i] - reach(i) for i in (2, 3)]
@@ -68,36 +84,41 @@ def conv2d_backward(
                   dilation=stride).transpose(0, 1)
     return dx, dW[:, :, :kh, :kw]
 
-# %% ../nbs/00_backprop.ipynb #f47c0cc4
+# %% ../nbs/00_backprop.ipynb #0c8d15b1
 def softmax_cross_entropy_backward(
     z: Tensor,  # logits, (n, c)
     y: Tensor,  # class indices, (n,), int64
 ) -> Tensor:    # dL/dz of the mean loss, (n, c)
-    "Return (softmax(z) − onehot(y)) / n, @eq-bp-softmax averaged over the examples."
+    "Return (softmax(z) − onehot(y)) / n, @eq-bp-softmax averaged; raise ValueError for other shapes."
+    _shapes(z=(z, 2), y=(y, 1))
+    if len(y) != len(z): raise ValueError(f"y: {len(y)} labels for {len(z)} examples")
     return (z.softmax(-1) - F.one_hot(y, z.shape[-1])) / len(z)
 
-# %% ../nbs/00_backprop.ipynb #152bae8c
+# %% ../nbs/00_backprop.ipynb #bc4b48ad
 def layer_norm_backward(
     g: Tensor,          # dL/dz, (n, d)
     x: Tensor,          # inputs, (n, d)
     weight: Tensor,     # γ, (d,)
     eps: float = 1e-5,  # added to the variance
 ) -> tuple[Tensor, Tensor, Tensor]:  # dL/dx (n, d), dL/dγ (d,), dL/dβ (d,)
-    "Return the gradients of layer norm over the last dimension by @eq-bp-layernorm."
+    "Return the gradients of layer norm over the last dimension by @eq-bp-layernorm; raise ValueError."
+    _shapes(g=(g, 2), x=(x, 2), weight=(weight, 1))
     sigma = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
     hat = (x - x.mean(-1, keepdim=True)) / sigma
     u = g * weight
     dx = (u - u.mean(-1, keepdim=True) - hat * (u * hat).mean(-1, keepdim=True)) / sigma
     return dx, (g * hat).sum(0), g.sum(0)
 
-# %% ../nbs/00_backprop.ipynb #448ee01d
+# %% ../nbs/00_backprop.ipynb #cb30f85d
 def attention_backward(
     g: Tensor,  # dL/dZ, (..., n, d_v)
     Q: Tensor,  # queries, (..., n, d)
     K: Tensor,  # keys, (..., m, d)
     V: Tensor,  # values, (..., m, d_v)
 ) -> tuple[Tensor, Tensor, Tensor]:  # dL/dQ, dL/dK, dL/dV, shaped as Q, K, V
-    "Return the gradients of softmax(QKᵀ/√d)V by @eq-bp-attention."
+    "Return the gradients of softmax(QKᵀ/√d)V by @eq-bp-attention; raise ValueError for other shapes."
+    if Q.shape[:-2] != K.shape[:-2] or K.shape[:-1] != V.shape[:-1] or Q.shape[-1] != K.shape[-1]:
+        raise ValueError(f"Q, K, V: shapes {tuple(Q.shape)}, {tuple(K.shape)}, {tuple(V.shape)} do not fit")
     scale = Q.shape[-1] ** -0.5
     P = (Q @ K.mT * scale).softmax(-1)
     dP = g @ V.mT
@@ -121,7 +142,7 @@ def _activation(
         raise ValueError(f"activation: {name!r} is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
-# %% ../nbs/00_backprop.ipynb #ef91d9e0
+# %% ../nbs/00_backprop.ipynb #4059c338
 def mlp_init(
     sizes: Iterable[int],               # d_0, …, d_L
     init: str = "gaussian",             # "gaussian": variance 1/d_in; "orthogonal": WᵀW = 1 or WWᵀ = 1
@@ -130,8 +151,8 @@ def mlp_init(
 ) -> list[tuple[Tensor, Tensor]]:       # [(W_l, b_l)], W_l of shape (d_l, d_{l-1}), b_l = 0
     "Return initial weights and zero biases of an MLP; raise ValueError for a bad size or scheme."
     sizes = list(sizes)
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"sizes: {sizes} needs two or more positive widths")
+    if len(sizes) < 2 or not all(isinstance(d, int) and d > 0 for d in sizes):
+        raise ValueError(f"sizes: {sizes} needs two or more positive integers")
     if init not in ("gaussian", "orthogonal"):
         raise ValueError(f"init: {init!r} is not 'gaussian' or 'orthogonal'")
     params = []
@@ -155,7 +176,7 @@ def mlp_forward(
         zs.append(hs[-1] @ W.mT + b)
     return zs, hs
 
-# %% ../nbs/00_backprop.ipynb #84f7d414
+# %% ../nbs/00_backprop.ipynb #fb5de3cc
 def mlp_deltas(
     params: list[tuple[Tensor, Tensor]],   # [(W_l, b_l)]
     zs: list[Tensor],                      # pre-activations from `mlp_forward`
@@ -168,6 +189,7 @@ def mlp_deltas(
     if [B.shape for B in backward] != [W.shape for W, _ in params[1:]]:
         shapes = [tuple(B.shape) for B in backward]
         raise ValueError(f"feedback: shapes {shapes} are not those of W_2 … W_L")
+    if len(zs) != len(params): raise ValueError(f"zs: {len(zs)} pre-activations for {len(params)} layers")
     (_, slope), deltas = _activation(activation), [delta]
     for B, z in zip(reversed(backward), reversed(zs[:-1])):
         deltas.append((deltas[-1] @ B) * slope(z))
@@ -186,17 +208,17 @@ def manual_mlp_gradients(
     deltas = mlp_deltas(params, zs, softmax_cross_entropy_backward(zs[-1], y), activation, feedback)
     return F.cross_entropy(zs[-1], y), [(d.mT @ h, d.sum(0)) for d, h in zip(deltas, hs)]
 
-# %% ../nbs/00_backprop.ipynb #f720bddf
+# %% ../nbs/00_backprop.ipynb #9266ecde
 def saved_bytes(
     forward: Callable[[], object],   # a call that builds the graph, for instance lambda: model(x)
     exclude: Iterable[Tensor] = (),  # tensors that do not count, for instance model.parameters()
 ) -> int:
     "Return the bytes that autograd keeps for the backward pass of `forward()`, each storage counted once."
-    known = {t.untyped_storage().data_ptr() for t in exclude}
-    kept = {}  # holds the storages, so that no address is used twice
+    excluded = [t.untyped_storage() for t in exclude]  # held, as is `kept`: no address is used twice
+    known, kept = {s._cdata for s in excluded}, {}
     def pack(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in known: kept[storage.data_ptr()] = storage
+        if storage._cdata not in known: kept[storage._cdata] = storage
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): result = forward()
     del result

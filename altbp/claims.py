@@ -22,7 +22,7 @@ OPERATORS = ("<=", "<", ">=", ">", "==", "~")
 MIME = "application/vnd.altbp.claim+json"
 _ID = re.compile(r"[a-z0-9]+(\.[a-z0-9-]+)+")
 
-# %% ../nbs/90_claims.ipynb #02079990
+# %% ../nbs/90_claims.ipynb #ba671175
 def compare(
     measured: float,  # what was computed
     op: str,          # one of <=, <, >=, >, == and ~ (within `tol`)
@@ -32,8 +32,8 @@ def compare(
     "Say whether `measured op bound` is true; a NaN on either side is an error, never an answer."
     if op not in OPERATORS:
         raise ValueError(f"op: {op!r} is not one of {', '.join(OPERATORS)}")
-    if math.isnan(measured) or math.isnan(bound):
-        raise ValueError(f"measured {measured}, bound {bound}: a NaN compares with nothing")
+    if math.isnan(measured) or math.isnan(bound) or math.isnan(tol):
+        raise ValueError(f"measured {measured}, bound {bound}, tol {tol}: a NaN compares with nothing")
     return {"<=": measured <= bound, "<": measured < bound, ">=": measured >= bound,
             ">": measured > bound, "==": measured == bound,
             "~": abs(measured - bound) <= tol}[op]
@@ -143,15 +143,15 @@ def check(
     sys.modules["IPython"].display.publish_display_data(
         {MIME: asdict(c), "text/markdown": card(c), "text/plain": line})
 
-# %% ../nbs/90_claims.ipynb #f74c3604
+# %% ../nbs/90_claims.ipynb #90c3c93b
 def read_registry(
     path, # nbs/claims.yml
 ) -> dict:
     "Return {id: {paper, statement, by}} from the registry; needs PyYAML."
     import yaml
     papers = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return {f"{p}.{k}": dict(paper=d["title"], **c) for p, d in papers.items() for k,
-            c in d["claims"].items()}
+    return {f"{p}.{k}": dict(paper=block["title"], **claim)
+            for p, block in papers.items() for k, claim in block["claims"].items()}
 
 # %% ../nbs/90_claims.ipynb #f3405be3
 def read_notebook(
@@ -182,12 +182,14 @@ def audit(
             wrong += [f"{id} lacks its {k} check" for k in need if k not in {r["kind"] for r in found}]
     return sorted(wrong)
 
-# %% ../nbs/90_claims.ipynb #e2c2f84c
+# %% ../nbs/90_claims.ipynb #0650ab8e
 def verdict_of(
     records: list, # the records of one claim
 ) -> str:
-    "Return the claim's verdict: that of its checks, controls apart."
-    return next(r["verdict"] for r in records if r["kind"] != "control")
+    "Return the claim's verdict: that of its checks, controls apart; raise ValueError without one."
+    found = [r["verdict"] for r in records if r["kind"] != "control"]
+    if not found: raise ValueError(f"records: no check among {len(records)}")
+    return found[0]
 
 def totals(
     registry: dict, # from `read_registry`

@@ -195,6 +195,41 @@ def test_angle_errors(u, v, word):
         bp.angle(u, v)
 
 
+@pytest.mark.parametrize("e", [torch.full((100,), 1e-25), torch.full((100,), 1e19), torch.full((10000,), 1000.0).half(),
+                               torch.full((4,), 1e-200, dtype=F64), torch.full((4,), 1e300, dtype=F64),
+                               torch.tensor([1, 2, 3])])
+def test_relative_error_at_every_scale(e):
+    assert bp.relative_error(2 * e, e) == pytest.approx(1) and bp.relative_error(e, e) == 0
+
+
+def test_relative_error_of_nan_is_nan():
+    nan = torch.tensor([math.nan])
+    for a, e in [(nan, torch.ones(1)), (torch.ones(1), nan), (nan, torch.zeros(1))]:
+        assert math.isnan(bp.relative_error(a, e))
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: bp.linear_backward(torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(4, 5)), "g: expected 2"),
+    (lambda: bp.layer_norm_backward(torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(4)), "g: expected 2"),
+    (lambda: bp.softmax_cross_entropy_backward(torch.ones(4, 3), torch.tensor([0])), "y: 1 labels"),
+    (lambda: bp.softmax_cross_entropy_backward(torch.ones(4, 3), torch.tensor(0)), "y: expected 1"),
+    (lambda: bp.conv2d_backward(torch.ones(1, 2, 2, 2), torch.ones(1, 2, 3, 3), torch.ones(2, 1, 2, 2)), "W:"),
+    (lambda: bp.attention_backward(torch.ones(2, 5, 4), torch.ones(2, 5, 3), torch.ones(6, 3), torch.ones(6, 4)), "Q, K, V"),
+    (lambda: bp.mlp_deltas(bp.mlp_init([2, 2, 2]), [torch.ones(1, 2)], torch.ones(1, 2)), "zs"),
+    (lambda: bp.mlp_deltas(bp.mlp_init([2, 2]), [torch.ones(1, 2)], torch.ones(1, 2), "swish"), "activation"),
+    (lambda: bp.mlp_init([3.0, 2.0]), "sizes"),
+])
+def test_other_shapes_are_refused(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
+
+
+def test_saved_bytes_on_meta():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to("meta")
+    stored = bp.saved_bytes(lambda: model(torch.ones(3, 4, device="meta")).sum(), exclude=model.parameters())
+    assert stored == 4 * 3 * (4 + 5)
+
+
 def test_relative_error():
     e = torch.tensor([3.0, 4.0])
     assert bp.relative_error(e, e) == 0 and bp.relative_error(2 * e, e) == 1

@@ -119,6 +119,11 @@ def test_audit_accepts_and_totals_count():
     assert audit(REGISTRY, unmeasured) == [] and totals(REGISTRY, unmeasured) == {"P": {"not reproducible": 1}}
 
 
+def test_a_claim_with_controls_only_has_no_verdict():
+    with pytest.raises(ValueError, match="no check"):
+        claims.verdict_of([record(kind="control")])
+
+
 def test_reading_registry_and_notebook(tmp_path):
     (tmp_path / "c.yml").write_text("p:\n  title: P\n  claims:\n    a: {statement: s, by: [numeric]}\n")
     assert read_registry(tmp_path / "c.yml") == {"p.a": dict(paper="P", statement="s", by=["numeric"])}
