@@ -110,6 +110,8 @@ def test_the_checks_above_see_what_they_look_for(tmp_path):
 def test_front_matter(page):
     head = yaml.safe_load(cells(page)[0]["source"].strip().strip("-"))
     assert {"title", "subtitle", "description", "output-file"} <= head.keys()
+    # nbdev derives this name from the notebook's; another one would give two sites
+    assert head["output-file"] == re.sub(r"^\d+[a-z]?_", "", page.stem) + ".html"
     assert not re.search(r"^# ", prose(page), re.M), "the title comes from the front matter"
 
 
