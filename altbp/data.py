@@ -5,7 +5,7 @@ __all__ = ['IDX_DTYPES', 'FOLDERS', 'MIRRORS', 'SOURCES', 'CIFAR_ARCHIVE', 'SHA2
            'atomic', 'read_idx', 'write_idx', 'cache_folder', 'data_folders', 'progress', 'order_of', 'Dataset', 'load',
            'digits', 'mnist', 'fashion_mnist', 'cifar10', 'available', 'gaussian_regression', 'two_moons']
 
-# %% ../nbs/91_data.ipynb #c46f74aa
+# %% ../nbs/91_data.ipynb #3277b174
 import gzip
 import hashlib
 import http.client
@@ -14,7 +14,6 @@ import os
 import tarfile
 import urllib.request
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,19 @@ class DataNotFound(FileNotFoundError):
 # %% ../nbs/91_data.ipynb #9f587e12
 class DataCorrupt(ValueError):
     "A data file is truncated, damaged, or not the file that its name says."
+
+# %% ../nbs/91_data.ipynb #4a23b7f0
+def _integer(
+    name: str,                # of the argument, for the message
+    value,                    # what came
+    least: int | None = None, # smallest value allowed
+) -> int:
+    "Return a Python integer; raise TypeError, ValueError."
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: {value} is less than {least}")
+    return int(value)
 
 # %% ../nbs/91_data.ipynb #b25c030a
 @contextmanager
@@ -64,6 +76,14 @@ def _decompress(
     except (OSError, EOFError, zlib.error) as e:
         raise DataCorrupt(f"{path}: damaged gzip file ({e})") from e
 
+# %% ../nbs/91_data.ipynb #097a7d3e
+def _read(
+    path: Path, # a data file
+) -> bytes:
+    "Return a file's bytes; raise DataCorrupt if there is a folder of that name, FileNotFoundError."
+    if path.is_dir(): raise DataCorrupt(f"{path}: a folder, where a file is expected")
+    return path.read_bytes()
+
 # %% ../nbs/91_data.ipynb #79adb91c
 def _parse_idx(
     content: bytes, # the whole file, decompressed
@@ -80,12 +100,12 @@ def _parse_idx(
     values = np.frombuffer(content, dtype.newbyteorder(">"), math.prod(shape), start)
     return values.astype(dtype).reshape(shape)
 
-# %% ../nbs/91_data.ipynb #e6d51228
+# %% ../nbs/91_data.ipynb #90b54606
 def read_idx(
     path, # an IDX file, raw or gzip-compressed (recognised by its content)
 ) -> Tensor:
     "Read an IDX file into a tensor of the file's own shape and type; raise DataCorrupt, FileNotFoundError."
-    return torch.from_numpy(_parse_idx(_decompress(Path(path).read_bytes(), path), path))
+    return torch.from_numpy(_parse_idx(_decompress(_read(Path(path)), path), path))
 
 # %% ../nbs/91_data.ipynb #b2fdd9d7
 def write_idx(
@@ -123,11 +143,13 @@ def cache_folder() -> Path:
     "Return the folder of downloads and decoded images: $XDG_CACHE_HOME/altbp, else ~/.cache/altbp."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "altbp"
 
-# %% ../nbs/91_data.ipynb #1c1f7612
+# %% ../nbs/91_data.ipynb #b4789b14
 def data_folders(
     name: str, # mnist, fashion_mnist or cifar10
 ) -> list[Path]:
-    "Return the folders in which a data set is looked for, in order: below $ALTBP_DATA, then the cache."
+    """Return the folders where a data set is looked for, in order: below $ALTBP_DATA, the cache.
+
+    A relative $ALTBP_DATA is relative to the current folder, and ~ is the home folder."""
     root = os.environ.get("ALTBP_DATA")
     roots = [Path(root).expanduser().absolute()] if root else []
     return [r / FOLDERS[name] for r in (*roots, cache_folder())]
@@ -215,7 +237,7 @@ def _download(
             failures.append(f"  download of {url} failed: {e}")
     raise _not_found(name, file, failures)
 
-# %% ../nbs/91_data.ipynb #55880fed
+# %% ../nbs/91_data.ipynb #ef741437
 def _idx_file(
     name: str,      # data set
     file: str,      # its file, a key of SHA256[name]
@@ -227,16 +249,17 @@ def _idx_file(
     if path is None:
         if not download: raise _not_found(name, file)
         path = _download(name, file)
-    content = _decompress(path.read_bytes(), path)
+    content = _decompress(_read(path), path)
     return _parse_idx(_verify(content, name, file, path) if verify else content, path)
 
-# %% ../nbs/91_data.ipynb #dba4a6f2
+# %% ../nbs/91_data.ipynb #fe351c87
 def order_of(
     labels: Tensor,                 # (n,) class of each example
     seed: int = 0,                  # decides the shuffle
     split: str = "stratified",      # stratified, random, or ordered (as in the file)
 ) -> Tensor:
-    "Return a permutation (n,) whose every stretch has the classes in proportion (if stratified)."
+    "Return a permutation (n,), if stratified with classes in proportion; raise TypeError, ValueError."
+    seed = _integer("seed", seed)
     if split not in ("stratified", "random", "ordered"):
         raise ValueError(f"split: {split!r} is not one of stratified, random, ordered")
     if split == "ordered": return torch.arange(len(labels))
@@ -248,7 +271,7 @@ def order_of(
         key[shuffled == c] = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     return order[key.argsort(stable=True)]
 
-# %% ../nbs/91_data.ipynb #f5950e64
+# %% ../nbs/91_data.ipynb #d8502c20
 def _sizes(
     n: int,      # examples there are
     train, val, test, # examples wanted: a number, or None for n_train = the rest
@@ -256,9 +279,8 @@ def _sizes(
     "Return the three sizes as numbers; raise TypeError, ValueError."
     for k, v in dict(n_train=train, n_val=val, n_test=test).items():
         if k == "n_train" and v is None: continue
-        if isinstance(v, bool) or not isinstance(v, int):
-            raise TypeError(f"{k}: expected an integer, got {v!r}")
-        if v < 0: raise ValueError(f"{k}: {v} is negative")
+        if _integer(k, v) < 0: raise ValueError(f"{k}: {v} is negative")
+    train, val, test = (v if v is None else int(v) for v in (train, val, test))
     rest = n - val - test
     if rest < (train or 0):
         raise ValueError(f"n_train={train}, n_val={val}, n_test={test}: more than the {n} examples")
@@ -297,7 +319,7 @@ class Dataset:
         return (f"Dataset({self.name!r}, {sizes} examples of shape {tuple(self.x_train.shape[1:])}, "
                 f"{len(self.classes)} classes, {self.x_train.dtype}, {self.x_train.device})")
 
-# %% ../nbs/91_data.ipynb #037bba7d
+# %% ../nbs/91_data.ipynb #ba11df1c
 def _dataset(
     name, classes, # as in Dataset
     images,  # (n, channels, height, width) uint8, and the same for the test part or None
@@ -307,8 +329,8 @@ def _dataset(
     seed, split, flat, dtype, # as for `load`
 ) -> Dataset:
     "Cut the arrays into the parts of a Dataset."
-    (x, x_test), (y,
-                  y_test) = images, [l if l is None else torch.from_numpy(l).long() for l in labels]
+    x, x_test = images
+    y, y_test = (l if l is None else torch.from_numpy(l).long() for l in labels)
     order = order_of(y, seed, split)
     if x_test is None:
         parts = [(x, y, i) for i in _cut(order, _sizes(len(y), *sizes))]
@@ -339,7 +361,7 @@ def _digits(
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
-# %% ../nbs/91_data.ipynb #8e82f082
+# %% ../nbs/91_data.ipynb #f88d9601
 def _idx_images(
     name: str, # mnist or fashion_mnist
     verify, download, # as for `load`
@@ -349,30 +371,32 @@ def _idx_images(
     for x, y in (a[:2], a[2:]):
         if x.ndim != 3 or y.ndim != 1 or len(x) != len(y) or x.dtype != np.uint8:
             raise DataCorrupt(f"{name}: images {x.shape} and labels {y.shape} do not belong together")
-    if max(y.max(initial=0) for y in (a[1],
-                                      a[3])) > 9: raise DataCorrupt(f"{name}: labels greater than 9")
+        if y.dtype.kind == "f" or not set(np.unique(y)) <= set(range(10)):
+            raise DataCorrupt(f"{name}: labels less than 0, greater than 9, or no integers")
+    if a[0].shape[1:] != a[2].shape[1:]:
+        raise DataCorrupt(f"{name}: images {a[0].shape} to train on and {a[2].shape} to test")
     title, classes = {"mnist": ("MNIST", [str(c) for c in range(10)]),
                       "fashion_mnist": ("Fashion-MNIST", FASHION)}[name]
     return title, classes, (a[0][:, None], a[2][:, None]), (a[1], a[3]), 255
 
-# %% ../nbs/91_data.ipynb #726d3a67
+# %% ../nbs/91_data.ipynb #57d3d725
 def _image_files(
     source: Path, # folder with train/ and test/, or the archive
 ) -> Iterator[tuple[str, bytes]]:
     "Yield (path within the tree, content) for each image; raise DataCorrupt for a damaged archive."
     if source.is_dir():
         for p in source.glob("*/*/*"):
-            if p.suffix in (".jpg", ".png"): yield p.relative_to(source).as_posix(), p.read_bytes()
+            if p.suffix in (".jpg", ".png"): yield p.relative_to(source).as_posix(), _read(p)
         return
     try:
         with tarfile.open(source, "r:gz") as tar:
             for m in tar:
-                if m.isfile() and m.name.endswith((".jpg",
-                                                   ".png")): yield m.name, tar.extractfile(m).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+                if m.isfile() and m.name.endswith((".jpg", ".png")):
+                    yield m.name, tar.extractfile(m).read()
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as e:
         raise DataCorrupt(f"{source}: damaged archive ({e})") from e
 
-# %% ../nbs/91_data.ipynb #794a5efe
+# %% ../nbs/91_data.ipynb #625014b2
 def _decode(
     content: bytes, # of a JPEG or PNG file
     path: str,      # its name, for the message
@@ -381,19 +405,21 @@ def _decode(
     from PIL import Image
     try: a = np.asarray(Image.open(BytesIO(content)).convert("RGB"))
     except (OSError, SyntaxError) as e: raise DataCorrupt(f"{path}: not a whole image ({e})") from e
-    if a.shape != (32, 32,
-                   3): raise DataCorrupt(f"{path}: an image of shape {a.shape}, not (32, 32, 3)")
+    if a.shape != (32, 32, 3):
+        raise DataCorrupt(f"{path}: an image of shape {a.shape}, not (32, 32, 3)")
     return a.transpose(2, 0, 1)
 
-# %% ../nbs/91_data.ipynb #c430c776
+# %% ../nbs/91_data.ipynb #54eca75e
 def _decode_all(
     source: Path, # folder with train/ and test/, or the archive
 ) -> dict:
     "Return the arrays x_train, y_train, x_test, y_test and the classes' names."
     found = {"train": {}, "test": {}}
     for path, content in progress(_image_files(source), "CIFAR-10 (JPEG), decoded once"):
-        part, label, number = PurePosixPath(path).parts[-3:]
-        if part not in found: raise DataCorrupt(f"{source}: {path} is neither in train/ nor in test/")
+        part, label, number = ("", "", *PurePosixPath(path).parts)[-3:]
+        if part not in found:
+            raise DataCorrupt(f"{source}: {path!r} is neither in train/ nor in test/")
+        if (number, label) in found[part]: raise DataCorrupt(f"{source}: {path!r} is there twice")
         found[part][number, label] = _decode(content, f"{source}: {path}")
     classes = sorted({label for _, label in found["train"]})
     if not classes or classes != sorted({label for _, label in found["test"]}):
@@ -405,17 +431,30 @@ def _decode_all(
         out[f"y_{part}"] = np.array([classes.index(label) for _, label in keys])
     return out
 
-# %% ../nbs/91_data.ipynb #5544d1f4
+# %% ../nbs/91_data.ipynb #760e4cc8
 def _source_key(
     source: Path, # folder with train/ and test/, or the archive
 ) -> str:
     "Return a hash of an archive's content, or of a tree's names, sizes and times."
     if source.is_file(): return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     stats = ((p.relative_to(source).as_posix(), p.stat()) for p in sorted(source.glob("*/*/*")))
-    return hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for p,
-                                s in stats]).encode()).hexdigest()[:16]
+    text = repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/91_data.ipynb #284690f7
+# %% ../nbs/91_data.ipynb #4f275a3e
+def _whole(
+    a: dict, # decoded arrays, from the cache
+) -> dict:
+    "Return the arrays; raise ValueError if they are not what `_decode_all` returns."
+    for part in ("train", "test"):
+        x, y = a.get(f"x_{part}", np.zeros(0)), a.get(f"y_{part}", np.zeros(0))
+        if x.shape != (len(y), 3, 32, 32) or x.dtype != np.uint8 or y.dtype.kind != "i":
+            raise ValueError(f"x_{part} or y_{part} is not there or of another shape")
+        if not set(np.unique(y)) <= set(range(len(a.get("classes", ())))):
+            raise ValueError(f"y_{part} has labels without a class")
+    return a
+
+# %% ../nbs/91_data.ipynb #faafb66d
 def _decoded(
     source: Path, # folder with train/ and test/, or the archive
 ) -> dict:
@@ -423,10 +462,9 @@ def _decoded(
     cached = cache_folder() / FOLDERS["cifar10"] / f"decoded-{_source_key(source)}.npz"
     if cached.exists():
         try:
-            with np.load(cached) as f: a = dict(f)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as e:
+            with np.load(cached) as f: return _whole(dict(f))
+        except Exception as e:  # numpy, zipfile and zlib have many ways to say it
             raise DataCorrupt(f"{cached}: damaged ({e}); delete it, and it is made anew") from e
-        return a
     a = _decode_all(source)
     try:
         with atomic(cached) as temp, temp.open("wb") as f: np.savez(f, **a)
@@ -514,26 +552,24 @@ def available(
     if name == "cifar10": return _find(name, ("train", CIFAR_ARCHIVE)) is not None
     return all(_find(name, (f"{f}.gz", f)) for f in SHA256[name])
 
-# %% ../nbs/91_data.ipynb #3b2a95cd
+# %% ../nbs/91_data.ipynb #866ff856
 def _generator(
     seed, # a number, or a torch.Generator to go on with
 ) -> torch.Generator:
     "Return a generator; raise TypeError."
     if isinstance(seed, torch.Generator): return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an integer or a torch.Generator, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(_integer("seed (if it is no torch.Generator)", seed))
 
-# %% ../nbs/91_data.ipynb #9e5ffc63
+# %% ../nbs/91_data.ipynb #b6ef090d
 def _count(
     **sizes, # argument names and values
 ) -> None:
     "Raise ValueError unless each size is a positive integer."
     for k, v in sizes.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+        if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1:
             raise ValueError(f"{k}: {v!r} is not 1, 2, 3, …")
 
-# %% ../nbs/91_data.ipynb #67807714
+# %% ../nbs/91_data.ipynb #4fc3c067
 def gaussian_regression(
     n: int,                              # examples
     d: int,                              # dimensions
@@ -544,8 +580,8 @@ def gaussian_regression(
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Draw x (n, d), y = xθ + σε (n,) and θ ~ N(0, I) (d,); raise ValueError, TypeError."
     _count(n=n, d=d)
-    if rows not in ("unit",
-                    "gaussian"): raise ValueError(f"rows: {rows!r} is not one of unit, gaussian")
+    if rows not in ("unit", "gaussian"):
+        raise ValueError(f"rows: {rows!r} is not one of unit, gaussian")
     g = _generator(seed)
     x = torch.randn(n, d, generator=g, dtype=dtype)
     x = x / (x.norm(dim=1, keepdim=True) if rows == "unit" else math.sqrt(d))

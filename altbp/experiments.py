@@ -4,9 +4,10 @@
 __all__ = ['REGISTRY', 'FORMAT', 'Experiment', 'experiment', 'digits_mlp', 'discover', 'fingerprint', 'ResultsError',
            'load_results', 'run_experiment', 'Table', 'summary_table', 'main']
 
-# %% ../nbs/93_experiments.ipynb #01473575
+# %% ../nbs/93_experiments.ipynb #93d100d0
 import argparse
 import ast
+import contextlib
 import datetime
 import difflib
 import hashlib
@@ -23,12 +24,13 @@ import shlex
 import shutil
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
 
-# %% ../nbs/93_experiments.ipynb #771f9775
-from collections.abc import Callable, Iterable
+# %% ../nbs/93_experiments.ipynb #8cd0f091
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,7 @@ from torch import nn
 
 import altbp
 from .data import atomic, digits, progress
-from .training import evaluate, fit, seeded
+from .training import _distinct, evaluate, fit, seeded
 
 # %% ../nbs/93_experiments.ipynb #5366ac85
 @dataclass(frozen=True)
@@ -90,11 +92,11 @@ def experiment(
         return fn
     return register
 
-# %% ../nbs/93_experiments.ipynb #be14630d
+# %% ../nbs/93_experiments.ipynb #07d73f7a
 @experiment("digits-mlp",
             "Hidden width of a tanh network on the digits, trained by backpropagation",
-            cases=[dict(width=w) for w in (4, 8, 16, 32, 64, 128)], quick=[dict(width=8),
-                                                                           dict(width=32)])
+            cases=[dict(width=w) for w in (4, 8, 16, 32, 64, 128)],
+            quick=[dict(width=8), dict(width=32)])
 def digits_mlp(
     seed: int,           # initial weights, batches and split
     device: str,         # cpu or cuda
@@ -139,32 +141,47 @@ FORMAT = 1  # of the file; another one is refused, not guessed
 class ResultsError(ValueError):
     "A results file is damaged, of another format, or of other code."
 
-# %% ../nbs/93_experiments.ipynb #c7c4fd51
+# %% ../nbs/93_experiments.ipynb #a5bbd1f3
+RUN = {"case": dict, "seed": int, "quick": bool, "result": dict}  # what each run has, and more
+
+def _wrong(
+    run, # a stored run, as JSON gave it
+) -> str:
+    "Say what is wrong with the record of a run, or nothing."
+    if not isinstance(run, dict): return f"a {type(run).__name__} in place of a dictionary"
+    for k, kind in RUN.items():
+        if type(run.get(k)) is not kind: return f"{k!r} is missing, or not of type {kind.__name__}"
+    odd = [k for k, v in run["result"].items() if isinstance(v, str)]
+    return f"the result {odd[0]!r} is text and not a number" if odd else ""
+
+# %% ../nbs/93_experiments.ipynb #4568ad7d
 def load_results(
     path, # a file that `altbp run` wrote
 ) -> dict:
     "Return the stored experiment {format, name, summary, module, fingerprint, runs}; raise ResultsError."
     try: stored = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise
-    except (ValueError,
-            OSError) as e: raise ResultsError(f"{path}: not a whole JSON file ({e})") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise ResultsError(f"{path}: not a whole JSON file ({e})") from e
     keys = {"format", "name", "summary", "module", "fingerprint", "runs"}
-    if not isinstance(stored, dict) or not keys <= stored.keys() or not isinstance(stored["runs"],
-                                                                                   list):
+    if (not isinstance(stored, dict) or not keys <= stored.keys()
+            or not isinstance(stored["runs"], list)):
         raise ResultsError(f"{path}: not a file of results, which has {', '.join(sorted(keys))}")
     if stored["format"] != FORMAT:
         raise ResultsError(f"{path}: format {stored['format']}, this version reads {FORMAT}")
+    for i, run in enumerate(stored["runs"]):
+        if wrong := _wrong(run): raise ResultsError(f"{path}: run {i + 1}: {wrong}")
     return stored
 
-# %% ../nbs/93_experiments.ipynb #70284b3e
+# %% ../nbs/93_experiments.ipynb #0bdef5a5
 def _clean(
     value, # number, tensor, or a list or dictionary of such
     where: str, # for the message
 ):
     "Return plain JSON values; raise TypeError for what is not a number."
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)): value = value.tolist()
-    if isinstance(value, dict): return {str(k): _clean(v, f"{where}[{k!r}]") for k,
-                                        v in value.items()}
+    if isinstance(value, dict):
+        return {str(k): _clean(v, f"{where}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_clean(v, f"{where}[…]") for v in value]
     if isinstance(value, float): return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int)): return value
@@ -201,7 +218,7 @@ def _key(
     "Return what identifies a run."
     return json.dumps([case, seed, quick], sort_keys=True)
 
-# %% ../nbs/93_experiments.ipynb #45bfe2b8
+# %% ../nbs/93_experiments.ipynb #fdd519ef
 def _make(
     e: Experiment,
     case: dict, seed: int, quick: bool, device: str, # the run
@@ -218,34 +235,41 @@ def _make(
     if not isinstance(result, dict):
         raise TypeError(f"{e.name}: the result is a {type(result).__name__}, not a dict")
     now = datetime.datetime.now(datetime.timezone.utc)
+    seconds = round(time.perf_counter() - start, 3)
     return dict(case=case, seed=seed, quick=quick, result=_clean(result, "result"),
-                seconds=round(time.perf_counter() - start,
-                              3), date=now.isoformat(timespec="seconds"),
+                seconds=seconds, date=now.isoformat(timespec="seconds"),
                 command=command, versions=_versions(), hardware=_hardware(device))
 
-# %% ../nbs/93_experiments.ipynb #5b174afe
+# %% ../nbs/93_experiments.ipynb #b2fd1b69
 def _open(
-    e: Experiment,
-    path: Path,  # its results file
-    fresh: bool, # begin anew
-) -> tuple[dict, bool]:
-    "Return the stored results, or new ones, and whether an old file is to be kept as .bak."
-    new = dict(format=FORMAT, name=e.name, summary=e.summary, module=e.module,
-               fingerprint=fingerprint(e), runs=[])
-    if not path.exists(): return new, False
-    stored = load_results(path)
-    if fresh: return new, True
-    if stored["name"] != e.name: raise ResultsError(f"{path}: holds the results of {stored['name']!r}")
-    if stored["fingerprint"] != new["fingerprint"]:
-        raise ResultsError(f"{path}: its {len(stored['runs'])} runs were made by other code than {e.name} "
-                           "has now; --fresh begins anew (and keeps the old file as .bak)")
-    return new | {"runs": stored["runs"]}, False
+    new: dict,    # the experiment's file without runs
+    path: Path,   # its results file
+    fresh: bool,  # begin anew
+    quick: bool,  # with quick runs
+) -> dict:
+    "Return the stored results, or new ones; raise ResultsError."
+    anew = "--fresh begins anew (and keeps the old file as .bak)"
+    if not path.exists(): return new
+    try: stored = load_results(path)
+    except ResultsError as e:
+        if fresh: return new
+        raise ResultsError(f"{e}; {anew}") from e
+    full = sum(not r["quick"] for r in stored["runs"])
+    if fresh and quick and full:
+        raise ResultsError(f"{path}: has {full} full runs, which --quick --fresh would put aside; "
+                           "store the quick ones elsewhere (--out), or begin anew without --quick")
+    if fresh: return new
+    if stored["name"] != new["name"]:
+        raise ResultsError(f"{path}: holds the results of {stored['name']!r}")
+    if stored["fingerprint"] == new["fingerprint"]: return new | {"runs": stored["runs"]}
+    raise ResultsError(f"{path}: its {len(stored['runs'])} runs were made by other code than "
+                       f"{new['name']} has now; {anew}")
 
-# %% ../nbs/93_experiments.ipynb #433ef4fa
+# %% ../nbs/93_experiments.ipynb #95059835
 def _write(
     results: dict,
     path: Path,     # the results file
-    keep_old: bool, # first rename the file that is there, to the first free of .bak, .bak1, .bak2, …
+    keep_old: bool, # first rename a file that is there, to the first free of .bak, .bak1, .bak2, …
 ) -> None:
     "Write a results file atomically, one line for each run."
     names = (path.with_name(f"{path.name}.bak{i or ''}") for i in itertools.count())
@@ -253,17 +277,65 @@ def _write(
     runs = ",\n  ".join(json.dumps(r, ensure_ascii=False) for r in results["runs"])
     with atomic(path) as temp:
         temp.write_text(f"{head[:-3]}\n  {runs}\n ]\n}}\n", encoding="utf-8")
-        if keep_old: os.replace(path, next(p for p in names if not p.exists()))
+        if keep_old and path.exists():
+            os.replace(path, old := next(p for p in names if not p.exists()))
+            print(f"{results['name']}: the old file is kept as {old.name}", file=sys.stderr)
 
-# %% ../nbs/93_experiments.ipynb #2944a7c6
+# %% ../nbs/93_experiments.ipynb #1ad507db
 def _remove(
-    folder: Path, # of a run's checkpoints
+    path: Path, # a run's folder of checkpoints, or a lock
 ) -> None:
-    "Remove the folder, and those above it that are then empty."
-    shutil.rmtree(folder, ignore_errors=True)
-    for parent in folder.parents[:2]:
-        try: parent.rmdir()
-        except OSError: return
+    "Remove it, and the folders above it that are then empty."
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError): path.unlink()
+    with contextlib.suppress(OSError):
+        for parent in path.parents[:2]: parent.rmdir()
+
+# %% ../nbs/93_experiments.ipynb #66560777
+try: import fcntl
+except ImportError: fcntl = None  # Windows, where a file that is open cannot be deleted
+
+# %% ../nbs/93_experiments.ipynb #d3169683
+def _take(
+    path: Path, # the lock's file
+) -> int | None:
+    "Return a locked file descriptor, or None if another process has the lock."
+    if fcntl is None:
+        with contextlib.suppress(OSError): path.unlink()
+        try: return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except (FileExistsError, PermissionError): return None
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.stat(path)): return fd
+        raise FileNotFoundError(path)  # the file was removed between the first line and the third
+    except BlockingIOError: os.close(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+# %% ../nbs/93_experiments.ipynb #0448a904
+@contextlib.contextmanager
+def _lock(
+    path: Path, # the lock's file, removed afterwards
+    wait: bool, # until it is free
+) -> Iterator[bool]:
+    "Hold a lock within the block; yield whether it was free."
+    misses = 0
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = _take(path)
+            if fd is not None or not wait: break
+        except (FileNotFoundError, FileExistsError):  # it or its folder was removed just now
+            misses += 1
+            if misses > 500: raise
+        time.sleep(0.01)
+    try: yield fd is not None
+    finally:
+        if fd is not None and fcntl is None: os.close(fd)
+        if fd is not None: _remove(path)
+        if fd is not None and fcntl is not None: os.close(fd)
 
 # %% ../nbs/93_experiments.ipynb #effa27cb
 def _folder(
@@ -284,7 +356,67 @@ def _missing(
     done = {_key(r["case"], r["seed"], r["quick"]) for r in results["runs"]}
     return [(c, s) for c in cases for s in seeds if _key(c, s, quick) not in done]
 
-# %% ../nbs/93_experiments.ipynb #780df703
+# %% ../nbs/93_experiments.ipynb #2e47beef
+def _some(
+    e: Experiment,
+    cases,       # as for `run_experiment`
+    quick: bool, # decides what None means
+) -> list:
+    "Return the cases as a list; raise ValueError for one that is not registered."
+    known = e.cases + e.quick
+    cases = list((e.quick if quick else e.cases) if cases is None else cases)
+    for c in cases:
+        if c not in known:
+            raise ValueError(f"cases: {c!r} is not a case of {e.name}; there are "
+                             + "; ".join(map(str, known)))
+    return cases
+
+# %% ../nbs/93_experiments.ipynb #a1a53d9b
+def _prepare(
+    e: Experiment,
+    out: Path,   # folder of the results
+    fresh: bool, # forget what unfinished runs left
+) -> None:
+    "Raise OSError unless the folder can be written, ResultsError if --fresh hinders a process."
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out): pass
+    except OSError as error:
+        raise OSError(f"--out: cannot write to {out} ({error.strerror or error})") from error
+    if not fresh: return
+    for path in list(_folder(e, out).glob("*.lock")):
+        with _lock(path, wait=False) as free:
+            if free: continue
+            raise ResultsError(f"{e.name}: another process is making runs in {out} now; --fresh has "
+                               "to wait for its end")
+    shutil.rmtree(_folder(e, out), ignore_errors=True)
+
+# %% ../nbs/93_experiments.ipynb #ab926438
+def _attempt(
+    e: Experiment,
+    new: dict,           # its file without runs
+    path: Path,          # its file
+    anew: bool,          # the run begins a new file
+    run: tuple,          # case, seed, quick
+    device: str, command: str,
+) -> str:
+    "Make a run and store it; return new, failed, stored (by another process) or busy."
+    folder = _folder(e, path.parent, new["fingerprint"] + _key(*run))
+    with _lock(folder.with_suffix(".lock"), wait=False) as free:
+        if not free: return "busy"
+        if not _missing(_open(new, path, anew, run[2]), run[:1], run[1:2], run[2]): return "stored"
+        try: record = _make(e, *run, device, folder, command)
+        except Exception:
+            print(f"{e.name}, case {run[0]}, seed {run[1]} failed:\n{traceback.format_exc()}",
+                  file=sys.stderr)
+            return "failed"
+        with _lock(folder.with_name("results.lock"), wait=True):
+            runs = _open(new, path, anew, run[2])["runs"]
+            _write(new | {"runs": [*runs, record]}, path, anew)
+        _remove(folder)
+        return "new"
+
+# %% ../nbs/93_experiments.ipynb #4404ba60
 def run_experiment(
     e: Experiment,
     seeds: Iterable[int] = (0,),   # one run for each case and seed
@@ -296,26 +428,24 @@ def run_experiment(
     command: str = "",             # stored with each run
     show: bool | None = None,      # a progress bar; None: only on a terminal
 ) -> tuple[int, int]:
-    "Make the runs that are not stored; return how many are new and how many failed; raise ResultsError."
-    path, new, failed = Path(out) / f"{e.name}.json", 0, 0
-    results, keep_old = _open(e, path, fresh)
-    if fresh: shutil.rmtree(_folder(e, out), ignore_errors=True)
-    cases = (e.quick if quick else e.cases) if cases is None else cases
-    for case, seed in progress(_missing(results, cases, seeds, quick), e.name, show):
-        folder = _folder(e, out, results["fingerprint"] + _key(case, seed, quick))
-        try: record = _make(e, case, seed, quick, device, folder, command)
-        except Exception:
-            failed += 1
-            print(f"{e.name}, case {case}, seed {seed} failed:\n{traceback.format_exc()}",
-                  file=sys.stderr)
-            continue
-        results["runs"].append(record)
-        _write(results, path, keep_old and new == 0)
-        _remove(folder)
-        new += 1
-    return new, failed
+    """Make the runs that are not stored; return how many are new and how many failed.
 
-# %% ../nbs/93_experiments.ipynb #3ed6eeef
+    Raise ResultsError, OSError for a folder that cannot be written, ValueError, TypeError."""
+    path, done = Path(out) / f"{e.name}.json", []
+    seeds, cases = _distinct(seeds), _some(e, cases, quick)
+    new = dict(format=FORMAT, name=e.name, summary=e.summary, module=e.module,
+               fingerprint=fingerprint(e), runs=[])
+    missing = _missing(_open(new, path, fresh, quick), cases, seeds, quick)
+    if missing: _prepare(e, Path(out), fresh)
+    for case, seed in progress(missing, e.name, show):
+        anew = fresh and "new" not in done
+        done.append(_attempt(e, new, path, anew, (case, seed, quick), device, command))
+        if done[-1] == "busy":
+            print(f"{e.name}, case {case}, seed {seed}: skipped, another process is making it now",
+                  file=sys.stderr)
+    return done.count("new"), done.count("failed")
+
+# %% ../nbs/93_experiments.ipynb #14fd1e3c
 @dataclass(repr=False)
 class Table:
     "Rows of a table; each cell of a metric is (mean, standard deviation or None, finite values, runs)."
@@ -335,17 +465,17 @@ class Table:
 
     def markdown(self) -> str:
         "Return the table in Markdown."
-        head, *rows = self.cells()
+        head, *rows = [[c.replace("|", "\\|").replace("\n", " ") for c in r] for r in self.cells()]
         return "\n".join("| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows))
 
     __repr__, _repr_markdown_ = __str__, markdown
 
-# %% ../nbs/93_experiments.ipynb #611f0743
+# %% ../nbs/93_experiments.ipynb #aa798dec
 def _column(
     values: list, # of an argument, or of a metric (mean, std, finite, runs)
 ) -> list[str]:
     "Write a column's cells with the decimals that show two digits of its median standard deviation."
-    stds = sorted(v[1] for v in values if isinstance(v, tuple) and v[1])
+    stds = sorted(v[1] for v in values if isinstance(v, tuple) and v[1] and math.isfinite(v[1]))
     places = max(0, 1 - math.floor(math.log10(stds[len(stds) // 2]))) if stds else None
     return [_cell(v, places) for v in values]
 
@@ -362,16 +492,20 @@ def _cell(
     text = number(mean) if std is None else f"{number(mean)} ± {number(std)}"
     return text if finite == runs else f"{text} ({finite} of {runs})"
 
-# %% ../nbs/93_experiments.ipynb #18df3579
+# %% ../nbs/93_experiments.ipynb #53454b20
+FLOAT_MAX = sys.float_info.max
+
 def _mean(
     values: list, # numbers, or None where a run gave nothing finite
 ) -> tuple:
     "Return mean, standard deviation (None for one value), number of finite values, and of runs."
-    finite = [float(v) for v in values if v is not None]
-    std = statistics.stdev(finite) if len(finite) > 1 else None
-    return (statistics.fmean(finite) if finite else None, std, len(finite), len(values))
+    finite = [float(v) for v in values if isinstance(v, (int, float)) and abs(v) <= FLOAT_MAX]
+    if not finite: return None, None, 0, len(values)
+    try: mean, std = statistics.fmean(finite), statistics.stdev(finite) if finite[1:] else None
+    except OverflowError: mean, std = math.inf, math.inf  # of numbers near the greatest
+    return mean, std, len(finite), len(values)
 
-# %% ../nbs/93_experiments.ipynb #984166c8
+# %% ../nbs/93_experiments.ipynb #d05dfb3d
 def summary_table(
     results: dict,               # from `load_results`
     metrics: list | None = None, # names of the columns; None: every number that is not in a list
@@ -382,8 +516,8 @@ def summary_table(
     groups = {}
     for r in runs: groups.setdefault(json.dumps(r["case"], sort_keys=True), []).append(r)
     results = [r["result"].items() for r in runs]
-    known = dict.fromkeys(k for items in results for k,
-                          v in items if not isinstance(v, (list, dict)))
+    known = dict.fromkeys(k for items in results for k, v in items
+                          if not isinstance(v, (list, dict)))
     for m in metrics or ():
         if m not in known: raise ValueError(f"metrics: {m!r} is not one of {', '.join(known) or 'none'}")
     arguments = list(dict.fromkeys(k for r in runs for k in r["case"]))
@@ -392,14 +526,14 @@ def summary_table(
             | {m: _mean([r["result"].get(m) for r in g]) for m in metrics} for g in groups.values()]
     return Table(arguments + ["n"] + metrics, rows)
 
-# %% ../nbs/93_experiments.ipynb #8694d14b
+# %% ../nbs/93_experiments.ipynb #002f4cd3
 def _seeds(
     text: str, # "5" for 0 … 4, or a list such as "0,3,5" or "7,"
 ) -> list[int]:
     "Read the option --seeds."
     try: numbers = [int(t) for t in text.split(",") if t.strip()]
     except ValueError: numbers = []
-    if "," not in text: numbers = list(range(*numbers))
+    if "," not in text and numbers: numbers = list(range(*numbers))
     if not numbers or min(numbers) < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number (5) nor a list of seeds (0,3,5)")
     return list(dict.fromkeys(numbers))
@@ -440,10 +574,11 @@ def _chosen(
     hint = f"did you mean {' or '.join(close)}?" if close else "`altbp list` names them all"
     raise ValueError(f"there is no experiment {name!r}; {hint}")
 
-# %% ../nbs/93_experiments.ipynb #41b3cd29
+# %% ../nbs/93_experiments.ipynb #677aea1e
 def _parser() -> argparse.ArgumentParser:
     "Return the parser of the command line."
     parser = argparse.ArgumentParser("altbp", description="Run the experiments of the book.")
+    parser.add_argument("--version", action="version", version=f"altbp {altbp.__version__}")
     commands = parser.add_subparsers(dest="what", required=True, metavar="list | run | show")
     for name, help in (("list", "name the experiments and count the stored runs"),
                        ("run", "make the runs that are not stored yet"),
@@ -478,15 +613,15 @@ def _show_options(
     add("--metrics", metavar="A,B", help="columns (default: all numbers)")
     add("--markdown", action="store_true", help="print a Markdown table")
 
-# %% ../nbs/93_experiments.ipynb #3c296e5a
+# %% ../nbs/93_experiments.ipynb #567fe56e
 def _command(
     a: argparse.Namespace, # of `altbp run`
     name: str,             # experiment
 ) -> str:
     "Return the command that makes a run again."
     full = a.seeds == list(range(len(a.seeds)))
-    seeds = str(len(a.seeds)) if full else ",".join(map(str,
-                                                        a.seeds)) + ("," if len(a.seeds) == 1 else "")
+    several = ",".join(map(str, a.seeds)) + ("," if len(a.seeds) == 1 else "")
+    seeds = str(len(a.seeds)) if full else several
     words = ["altbp", "run", name, "--seeds", seeds, "--device", a.device]
     if a.threads: words += ["--threads", str(a.threads)]
     if a.quick: words += ["--quick"]
@@ -513,7 +648,7 @@ def _stored(
     if not Path(path).exists(): return 0
     return sum(quick is None or r["quick"] == quick for r in load_results(path)["runs"])
 
-# %% ../nbs/93_experiments.ipynb #206afa41
+# %% ../nbs/93_experiments.ipynb #7bdef923
 def _run_one(
     e: Experiment,
     cases: list, device: str,
@@ -522,7 +657,8 @@ def _run_one(
     "Make the missing runs of one experiment; return the exit status."
     path, command = Path(a.out) / f"{e.name}.json", _command(a, e.name)
     try: new, failed = run_experiment(e, a.seeds, device, a.out, a.quick, cases, a.fresh, command)
-    except ResultsError as error:
+    except (ResultsError, OSError) as error:
+        if isinstance(error, BrokenPipeError): raise
         print(f"altbp: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -549,7 +685,15 @@ def _run(
         if status == 130: break
     return status
 
-# %% ../nbs/93_experiments.ipynb #aab9a553
+# %% ../nbs/93_experiments.ipynb #635e56ee
+def _stale(
+    e: Experiment,
+    results: dict, # from `load_results`
+) -> bool:
+    "Say whether the stored runs were made by other code than the experiment has now."
+    return results["fingerprint"] != fingerprint(e)
+
+# %% ../nbs/93_experiments.ipynb #456e0847
 def _list(
     a: argparse.Namespace,
     experiments: dict, # the registry
@@ -557,39 +701,75 @@ def _list(
     "Do `altbp list`."
     rows = []
     for e in experiments.values():
-        try: stored = _stored(Path(a.out) / f"{e.name}.json", False)
-        except ResultsError: stored = "damaged"
+        path = Path(a.out) / f"{e.name}.json"
+        try:
+            stale = path.exists() and _stale(e, load_results(path))
+            stored = f"{_stored(path, False)}{' (stale)' if stale else ''}"
+        except (ResultsError, OSError): stored = "damaged"
         rows.append([e.name, e.module, len(e.cases), stored, e.summary])
     columns = ["name", "module", "cases", "stored", "summary"]
     print(Table(columns, [dict(zip(columns, r)) for r in rows]))
     return 0
 
-# %% ../nbs/93_experiments.ipynb #bebedefd
+# %% ../nbs/93_experiments.ipynb #465b7b7f
+def _show_one(
+    e: Experiment,
+    path: Path, # its results file
+    a: argparse.Namespace,
+) -> None:
+    "Print the table of an experiment, and a warning if its code has changed; raise ValueError."
+    results = load_results(path)
+    table = summary_table(results, a.metrics.split(",") if a.metrics else None, a.quick)
+    if _stale(e, results):
+        print(f"warning: {path} is stale: its runs were made by other code than {e.name} has now",
+              file=sys.stderr)
+    print(f"{e.name}: {results['summary']}" + (" (quick)" if a.quick else ""))
+    if table.rows: return print(table.markdown() if a.markdown else table, end="\n\n")
+    others = f"{len(results['runs'])} {'full' if a.quick else 'quick'} runs are stored"
+    print(f"no such runs; {others} ({'without' if a.quick else 'see'} --quick)", end="\n\n")
+
+# %% ../nbs/93_experiments.ipynb #3ba2572f
 def _show(
     a: argparse.Namespace,
     experiments: dict, # the registry
 ) -> int:
-    "Do `altbp show`."
+    "Do `altbp show`; a bad file does not hide the others."
+    status = 0
     for e in _chosen(a.name, experiments):
         path = Path(a.out) / f"{e.name}.json"
         if not path.exists():
             if a.name == "all": continue
             raise ValueError(f"{e.name} has no stored runs in {a.out}; `altbp run {e.name}` makes them")
-        results = load_results(path)
-        table = summary_table(results, a.metrics.split(",") if a.metrics else None, a.quick)
-        print(f"{e.name}: {results['summary']}" + (" (quick)" if a.quick else ""))
-        text = table.markdown() if a.markdown else str(table)
-        print(text if table.rows else "no such runs", end="\n\n")
-    return 0
+        try: _show_one(e, path, a)
+        except ValueError as error:
+            print(f"altbp: {error}", file=sys.stderr)
+            status = 2
+    return status
 
-# %% ../nbs/93_experiments.ipynb #30be3f1c
+# %% ../nbs/93_experiments.ipynb #a695087d
+def _leave() -> int:
+    "Send the rest of an output that nobody reads nowhere; return a broken pipe's exit status."
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+# %% ../nbs/93_experiments.ipynb #1ae7fb04
 def main(
     argv: list | None = None, # arguments; None: those of the process
 ) -> int:
     "Run the command line; return 0, 1 if a run failed, 2 for a wrong command or file, 130 if interrupted."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try: a = _parser().parse_args(argv)
     except SystemExit as e: return int(e.code or 0)
-    try: return {"list": _list, "run": _run, "show": _show}[a.what](a, discover())
+    try:
+        status = {"list": _list, "run": _run, "show": _show}[a.what](a, discover())
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError: return _leave()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as e:
         print(f"altbp: {e}", file=sys.stderr)
         return 2

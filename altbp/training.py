@@ -4,8 +4,9 @@
 __all__ = ['SGD', 'ENTRYWISE', 'seeded_rng', 'seeded', 'batches', 'by_autograd', 'accuracy', 'evaluate', 'History', 'Diverged',
            'fit', 'fit_seeds']
 
-# %% ../nbs/92_training.ipynb #1bde86e4
+# %% ../nbs/92_training.ipynb #786af17a
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import atomic, progress
+from .data import _integer, atomic, progress
 
-# %% ../nbs/92_training.ipynb #3a3924c1
+# %% ../nbs/92_training.ipynb #2ebab6f1
 @contextmanager
 def seeded_rng(
     seed: int, # of PyTorch's global generators, on the CPU and on CUDA where it is in use
 ) -> Iterator[None]:
     "Seed the global generators within the block, and put back their states at its end."
+    seed = _integer("seed", seed)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
@@ -42,7 +44,7 @@ def seeded(
     "Return make_model() built under a seed, without touching the global random state."
     with seeded_rng(seed): return make_model().to(device=device, dtype=dtype)
 
-# %% ../nbs/92_training.ipynb #a7ce267e
+# %% ../nbs/92_training.ipynb #40089232
 def batches(
     n: int,                     # examples
     batch_size: int | None,     # examples a batch (the last may be smaller); None: all at once, in order
@@ -51,8 +53,9 @@ def batches(
     "Yield the indices of one epoch's batches, each (batch_size,) int64; raise ValueError."
     if n < 1: raise ValueError("data: there are no training examples")
     if batch_size is None: return iter([torch.arange(n)])
-    if batch_size < 1: raise ValueError(f"batch_size: {batch_size} is not 1, 2, 3, … or None")
-    return iter(torch.randperm(n, generator=generator).split(batch_size))
+    if _integer("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size: {batch_size} is not 1, 2, 3, … or None")
+    return iter(torch.randperm(n, generator=generator).split(int(batch_size)))
 
 # %% ../nbs/92_training.ipynb #6e8e1c49
 def by_autograd(
@@ -65,13 +68,17 @@ def by_autograd(
         return value.detach()
     return gradients
 
-# %% ../nbs/92_training.ipynb #f616d985
+# %% ../nbs/92_training.ipynb #b594f50a
 def accuracy(
     logits: Tensor, # (n, classes)
     y: Tensor,      # (n,) labels
 ) -> float:
-    "Return the share of examples whose greatest logit is that of their label."
-    return (logits.argmax(-1) == y).double().mean().item()
+    "Return the share whose greatest logit is the label's; NaN counts as wrong; raise ValueError."
+    if logits.ndim < 1 or logits.shape[:-1] != y.shape:
+        raise ValueError(f"logits: {tuple(logits.shape)} do not fit labels {tuple(y.shape)}; "
+                         "(n, classes) and (n,) do")
+    right = (logits.argmax(-1) == y) & ~logits.isnan().any(-1)
+    return right.double().mean().item()
 
 # %% ../nbs/92_training.ipynb #c38374b4
 def _like(
@@ -129,14 +136,14 @@ class History(dict):
         lists = {k: [v if math.isfinite(v) else None for v in l] for k, l in self.items()}
         return json.dumps(dict(diverged=self.diverged, stopped=self.stopped, **lists))
 
-# %% ../nbs/92_training.ipynb #80577709
+# %% ../nbs/92_training.ipynb #3a4d64b3
 def _highest(
     name: str,        # of a measurement
     mode: str | None, # max, min or None
 ) -> bool:
     "Say whether greater values are better."
-    if mode not in (None, "max",
-                    "min"): raise ValueError(f"mode: {mode!r} is not one of max, min, None")
+    if mode not in (None, "max", "min"):
+        raise ValueError(f"mode: {mode!r} is not one of max, min, None")
     return mode == "max" if mode else name.endswith("accuracy")
 
 # %% ../nbs/92_training.ipynb #6a1b62c7
@@ -193,22 +200,58 @@ def _save(
                  parts={k: _get(o) for k, o in _parts(s).items()})
     with atomic(path) as temp: torch.save(saved, temp)
 
-# %% ../nbs/92_training.ipynb #c65d610f
-def _resume(
+# %% ../nbs/92_training.ipynb #b5aad555
+def _digest(
+    *tensors: Tensor, # inputs and targets
+) -> str:
+    "Return a cheap hash of data: of types, shapes, and evenly spaced entries (2**17 at most)."
+    text = hashlib.sha256()
+    for t in tensors:
+        some = t.detach().reshape(-1)[:: max(1, t.numel() >> 16)].cpu().contiguous()
+        text.update(f"{t.dtype} {tuple(t.shape)}".encode())
+        text.update(some.view(torch.uint8).numpy().tobytes())
+    return text.hexdigest()[:16]
+
+# %% ../nbs/92_training.ipynb #5520e5c2
+def _load(
     s: _State,
-    path, # the checkpoint's file, perhaps not there yet
-) -> None:
-    "Go back to a checkpoint's state; raise ValueError if it is damaged or of another run."
-    if not Path(path).exists(): return
+    path,        # the checkpoint's file
+    epochs: int, # that the run is to have in all
+) -> dict:
+    "Return a checkpoint's content; raise ValueError if it is damaged or of another run."
     try: saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise ValueError(f"checkpoint: {path} cannot be read ({e})") from e
-    if saved["config"] != s.config or saved["parts"].keys() != _parts(s).keys():
-        raise ValueError(f"checkpoint: {path} is of another run, {saved['config']}; this is {s.config}")
-    for k, o in _parts(s).items(): _set(o, saved["parts"][k])
+    names = {"config", "epoch", "best", "rng", "cuda", "history", "diverged", "stopped", "parts"}
+    if (not isinstance(saved, dict) or not names <= saved.keys()
+            or not all(isinstance(saved[k], dict) for k in ("config", "history", "parts"))):
+        raise ValueError(f"checkpoint: {path} is not a checkpoint of fit")
+    config, parts = {**s.config, **saved["config"]}, saved["parts"]  # early ones lack a key
+    if config != s.config or parts.keys() != _parts(s).keys():
+        raise ValueError(f"checkpoint: {path} is of another run, {config} with {', '.join(parts)}; "
+                         f"this is {s.config} with {', '.join(_parts(s))}")
+    if saved["epoch"] > epochs:
+        raise ValueError(f"checkpoint: {path} has {saved['epoch']} epochs, epochs={epochs} is less")
+    return saved
+
+# %% ../nbs/92_training.ipynb #e3b844c9
+def _resume(
+    s: _State,
+    path,        # the checkpoint's file, perhaps not there yet
+    epochs: int, # that the run is to have in all
+) -> None:
+    "Go back to a checkpoint's state; raise ValueError, and change nothing, if it does not fit."
+    if not Path(path).exists(): return
+    saved = _load(s, path, epochs)
+    before = copy.deepcopy({k: _get(o) for k, o in _parts(s).items()})
+    try:
+        for k, o in _parts(s).items(): _set(o, saved["parts"][k])
+        torch.set_rng_state(saved["rng"])
+    except Exception as e:
+        for name, o in _parts(s).items(): _set(o, before[name])
+        raise ValueError(f"checkpoint: {path} does not fit, its {k} is another: {e}") from e
     s.epoch, s.best = saved["epoch"], saved["best"]
     s.history.update(saved["history"])
     s.history.diverged, s.history.stopped = saved["diverged"], saved["stopped"]
-    torch.set_rng_state(saved["rng"])
     if saved["cuda"] is not None and s.device.type == "cuda":
         torch.cuda.set_rng_state(saved["cuda"], s.device)
 
@@ -238,7 +281,20 @@ def _train_epoch(
             raise RuntimeError("gradients: the rule wrote no .grad of any parameter")
         s.optimizer.step()
 
-# %% ../nbs/92_training.ipynb #0a49fe17
+# %% ../nbs/92_training.ipynb #23a30122
+def _measured(
+    metrics, # metrics(model) -> dict of numbers, or None
+    model: nn.Module,
+) -> dict:
+    "Return an epoch's measurements; raise TypeError, ValueError for what a History cannot take."
+    found = metrics(model) if metrics else {}
+    if not isinstance(found, dict):
+        raise TypeError(f"metrics: expected a dictionary, got {type(found).__name__}")
+    if taken := {"loss", "epoch"} & found.keys():
+        raise ValueError(f"metrics: {', '.join(taken)} is the loop's own name; use another")
+    return found
+
+# %% ../nbs/92_training.ipynb #bb115bdb
 def _measure(
     s: _State,
     metrics,              # metrics(model) -> dict of numbers, or None
@@ -247,7 +303,7 @@ def _measure(
     mode: str | None,     # max, min or None
 ) -> None:
     "Record an epoch's measurements; keep the best weights, and stop when the patience is at its end."
-    s.history.record(epoch=s.epoch, **(metrics(s.model) if metrics else {}))
+    s.history.record(epoch=s.epoch, **_measured(metrics, s.model))
     if patience is None: return
     if monitor not in s.history:
         raise ValueError(f"monitor: {monitor!r} is not measured; there are {', '.join(s.history)}")
@@ -274,15 +330,27 @@ def _unpack(
     if not val or not len(val[0]): return x, y, None
     return x, y, lambda m: {f"val_{k}": v for k, v in evaluate(m, *val, loss=loss).items()}
 
-# %% ../nbs/92_training.ipynb #025ecc9f
+# %% ../nbs/92_training.ipynb #1d9a6880
+def _scheduler(
+    scheduler: Callable, # scheduler(optimizer)
+    opt,                 # the optimiser
+):
+    "Return the scheduler; raise ValueError if its step needs a number."
+    made = scheduler(opt)
+    if not isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau): return made
+    raise ValueError("scheduler: ReduceLROnPlateau has to be told a number at each step, which the "
+                     "loop does not do; use a scheduler that depends on the epoch alone")
+
+# %% ../nbs/92_training.ipynb #ef225175
 def _begin(
     model, optimizer, scheduler, also, # as for `fit`
     config: dict,                      # arguments that a checkpoint must agree with
 ) -> _State:
     "Return the state of a run that has not begun."
-    opt = optimizer if isinstance(optimizer,
-                                  torch.optim.Optimizer) else optimizer(model.parameters())
-    also = dict(also or {}) | ({"scheduler": scheduler(opt)} if scheduler else {})
+    given = isinstance(optimizer, torch.optim.Optimizer)
+    opt = optimizer if given else optimizer(model.parameters())
+    config = config | {"optimizer": type(opt).__name__}
+    also = dict(also or {}) | ({"scheduler": _scheduler(scheduler, opt)} if scheduler else {})
     if taken := {"model", "optimizer", "generator"} & also.keys():
         raise ValueError(f"also: {', '.join(taken)} names what a checkpoint holds anyway")
     return _State(model, opt, torch.Generator().manual_seed(config["seed"]), also, config)
@@ -295,7 +363,31 @@ def _one_of(
     if on_nan in ("raise", "stop"): return on_nan
     raise ValueError(f"on_nan: {on_nan!r} is not one of raise, stop")
 
-# %% ../nbs/92_training.ipynb #f441d1ad
+# %% ../nbs/92_training.ipynb #f71ce393
+def _check(
+    epochs, every, batch_size, patience, monitor, mode, # as for `fit`
+    measured: bool, # is anything measured?
+) -> None:
+    "Raise TypeError or ValueError for an argument that would fail, or be of no effect, only later."
+    _integer("epochs", epochs, 0)
+    _integer("every", every, 1)
+    if batch_size is not None: _integer("batch_size", batch_size, 1)
+    _highest(monitor, mode)
+    if patience is None: return
+    _integer("patience", patience, 1)
+    if monitor in ("loss", "epoch") or not measured:
+        raise ValueError(f"monitor: {monitor!r} is not measured once an epoch; "
+                         "it comes from the validation part or from metrics")
+
+# %% ../nbs/92_training.ipynb #aa146d81
+def _config(
+    seed, batch_size, x: Tensor, y: Tensor, checkpoint, # as for `fit`
+) -> dict:
+    "Return the arguments that a checkpoint must agree with, as plain numbers; raise TypeError."
+    config = dict(seed=_integer("seed", seed), batch_size=batch_size and int(batch_size), n=len(x))
+    return config if checkpoint is None else config | {"data": _digest(x, y)}
+
+# %% ../nbs/92_training.ipynb #797e0c0c
 def _loop(
     s: _State,
     epochs: int, show: bool, checkpoint, every: int, # as for `fit`
@@ -304,7 +396,7 @@ def _loop(
 ) -> None:
     "Run the epochs that are left, under the run's own random state; end with the best weights."
     with seeded_rng(s.config["seed"]):
-        if checkpoint is not None: _resume(s, checkpoint)
+        if checkpoint is not None: _resume(s, checkpoint, epochs)
         for _ in progress(range(s.epoch, 0 if s.over else epochs), "epochs", show):
             train()
             s.epoch += 1
@@ -318,7 +410,7 @@ def _loop(
 # %% ../nbs/92_training.ipynb #bbc68801
 SGD = partial(torch.optim.SGD, lr=0.1)
 
-# %% ../nbs/92_training.ipynb #b24ab21e
+# %% ../nbs/92_training.ipynb #f99191ff
 def fit(
     model: nn.Module,                     # trained in place; decides device and dtype
     data,                                 # Dataset, (x, y), or (x, y, x_val, y_val)
@@ -340,9 +432,10 @@ def fit(
     on_nan: str = "raise",                # raise Diverged, or stop and set history.diverged
     show: bool = False,                   # a progress bar over the epochs
 ) -> History:
-    "Train a model and return its History; raise ValueError, Diverged."
+    "Train a model and return its History; raise TypeError, ValueError, Diverged."
     x, y, validate = _unpack(data, model, loss)
-    s = _begin(model, optimizer, scheduler, also, dict(seed=seed, batch_size=batch_size, n=len(x)))
+    _check(epochs, every, batch_size, patience, monitor, mode, bool(metrics or validate))
+    s = _begin(model, optimizer, scheduler, also, _config(seed, batch_size, x, y, checkpoint))
     train = partial(_train_epoch, s, x, y, gradients or by_autograd(loss), _one_of(on_nan))
     measure = partial(_measure, s, metrics or validate, patience, monitor, mode)
     _loop(s, epochs, show, checkpoint, every, train, measure)
@@ -371,14 +464,22 @@ def _refuse(
             raise ValueError(f"make_model: {name or 'the model'} ({type(m).__name__}) {why}, which cannot "
                              "be stacked; train the seeds one by one with fit")
 
-# %% ../nbs/92_training.ipynb #6c33eb77
+# %% ../nbs/92_training.ipynb #285fa4ed
+def _distinct(
+    seeds, # an iterable of integers, perhaps one that can be gone through only once
+) -> list[int]:
+    "Return the seeds as Python integers, each once, in their order; raise TypeError."
+    try: seeds = list(seeds)
+    except TypeError: raise TypeError(f"seeds: expected several integers, got {seeds!r}") from None
+    return list(dict.fromkeys(_integer("seeds", s) for s in seeds))
+
+# %% ../nbs/92_training.ipynb #d759f213
 def _members(
     make_model, seeds, device, dtype, # as for `seeded`
 ) -> list:
     "Return one model for each seed."
-    models = [seeded(make_model, s, device, dtype) for s in seeds]
-    if not models: raise ValueError("seeds: there are none")
-    return models
+    if not seeds: raise ValueError("seeds: there are none")
+    return [seeded(make_model, s, device, dtype) for s in seeds]
 
 # %% ../nbs/92_training.ipynb #6966ae9a
 def _stack(
@@ -427,7 +528,7 @@ def _record(
         if on_nan == "raise": raise Diverged(f"step {len(h['loss']) - 1}: the loss of seed {s} is {v}")
         h.diverged = len(h["loss"]) - 1
 
-# %% ../nbs/92_training.ipynb #6f07d1ee
+# %% ../nbs/92_training.ipynb #b5fb7dea
 def _finish(
     epoch: int,      # just done, from 1
     params: dict,    # name -> (S, …)
@@ -438,14 +539,13 @@ def _finish(
     "Copy an epoch's weights to the models and record their measurements."
     _unstack(params, models)
     for m, h in zip(models, histories):
-        if h.diverged is None: h.record(epoch=epoch, **(metrics(m) if metrics else {}))
+        if h.diverged is None: h.record(epoch=epoch, **_measured(metrics, m))
 
-# %% ../nbs/92_training.ipynb #50d58685
+# %% ../nbs/92_training.ipynb #635be8cd
 def fit_seeds(
     make_model: Callable[[], nn.Module], # as for `seeded`
-    seeds,                               # integers, one for each member
-    data,                                # as for `fit`
-    epochs: int,
+    seeds,                               # integers, one for each member (repeated: once)
+    data, epochs: int,                   # as for `fit`
     optimizer: Callable = SGD,           # optimizer(parameters) -> one of ENTRYWISE
     *,
     loss: Callable = F.cross_entropy,    # differentiated for each member
@@ -456,11 +556,12 @@ def fit_seeds(
     on_nan: str = "raise",               # raise Diverged, or stop: mark the seed and go on without it
     show: bool = False,                  # a bar over the epochs
 ) -> tuple[list, list]:
-    "Train a model for each seed, all at once, as `fit` does; return models, Histories; raise ValueError."
-    models, on_nan = _members(make_model, seeds, device, dtype), _one_of(on_nan)
+    "Train a model for each seed, all at once, as `fit` does; return models, Histories."
+    epochs, seeds, on_nan = _integer("epochs", epochs, 0), _distinct(seeds), _one_of(on_nan)
+    models = _members(make_model, seeds, device, dtype)
     x, y, validate = _unpack(data, models[0], loss)
     params, step, opt = _stack(models, loss, optimizer)
-    schedule = scheduler(opt) if scheduler else None
+    schedule = _scheduler(scheduler, opt) if scheduler else None
     orders, histories = [torch.Generator().manual_seed(s) for s in seeds], [History() for _ in seeds]
     for epoch in progress(range(epochs), "epochs", show):
         for i in zip(*(batches(len(x), batch_size, g) for g in orders)):

@@ -187,7 +187,7 @@ def test_files_that_do_not_belong_together(tiny):
     with pytest.raises(D.DataCorrupt, match="do not belong together"):
         D.mnist(verify=False)
     (tiny[0] / f"{FILES[1]}.gz").write_bytes(gzip.compress(idx_bytes(np.full(40, 10))))
-    with pytest.raises(D.DataCorrupt, match="labels greater than 9"):
+    with pytest.raises(D.DataCorrupt, match="labels less than 0, greater than 9"):
         D.mnist(verify=False)
 
 
@@ -413,6 +413,7 @@ def test_cifar_damage(tmp_path):
     ("train/cat/0002.jpg", b"", "0002.jpg: not a whole image"),
     ("valid/cat/0002.jpg", image((1, 2, 3)), "neither in train/ nor in test/"),
     ("train/emu/0002.jpg", image((1, 2, 3)), "not the same classes in train/ and in test/"),
+    ("train/cat/0003.jpg/note.txt", b"", "0003.jpg: a folder, where a file is expected"),
 ])
 def test_cifar_bad_tree(tmp_path, name, content, message):
     root = tmp_path / "data" / "cifar10-jpeg"
@@ -474,3 +475,87 @@ def test_nothing_touches_the_global_random_state(tiny):
     before = torch.get_rng_state()
     D.digits(n_val=10), D.mnist(verify=False), D.two_moons(5), D.gaussian_regression(3, 3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Found by a hostile reader ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, message", [
+    ("0001.jpg", "'0001.jpg' is neither in train/ nor"), ("cat/0001.jpg", "'cat/0001.jpg' is neither"),
+    ("train/../0001.jpg", "not the same classes"), ("again/train/cat/0000.jpg", "is there twice"),
+])
+def test_odd_names_in_an_archive_are_damage(tmp_path, name, message):
+    root = tmp_path / "data" / "cifar10-jpeg"
+    root.mkdir(parents=True)
+    with tarfile.open(root / D.CIFAR_ARCHIVE, "w:gz") as tar:
+        for n in (*TREE, name):
+            info = tarfile.TarInfo(n)
+            info.size = len(raw := image((1, 2, 3)))
+            tar.addfile(info, io.BytesIO(raw))
+    with pytest.raises(D.DataCorrupt, match=message):
+        D.cifar10(verify=False)
+
+
+def test_a_cache_of_other_content_is_damage(cifar, tmp_path):
+    D.cifar10(verify=False)
+    cached, = (tmp_path / "cache" / "altbp" / "cifar10-jpeg").iterdir()
+    good = dict(np.load(cached))
+    def is_refused():
+        with pytest.raises(D.DataCorrupt, match=f"{cached.name}: damaged.*delete it"):
+            D.cifar10(verify=False)
+    for key in good:
+        with cached.open("wb") as f: np.savez(f, **{k: v for k, v in good.items() if k != key})
+        is_refused()
+    for change in (dict(x_train=good["x_train"][:-1]), dict(y_test=good["y_test"] + 7), dict(x_test=good["x_test"] / 2)):
+        with cached.open("wb") as f: np.savez(f, **{**good, **change})
+        is_refused()
+    with cached.open("wb") as f: np.save(f, np.ones(3))  # one array, no archive
+    is_refused()
+    with cached.open("wb") as f: np.savez(f, **good)
+    assert len(D.cifar10(verify=False).y_train) == 6
+
+
+def test_a_folder_named_like_a_file_is_damage(tiny):
+    folder, _ = tiny
+    (folder / FILES[0]).unlink()
+    (folder / FILES[0]).mkdir()
+    with pytest.raises(D.DataCorrupt, match=f"{FILES[0]}: a folder"):
+        D.mnist(verify=False)
+    with pytest.raises(D.DataCorrupt, match="a folder"):
+        D.read_idx(folder / FILES[0])
+
+
+@pytest.mark.parametrize("file, made, message", [
+    (2, np.zeros((20, 14, 28), dtype=np.uint8), r"\(40, 28, 28\) to train on and \(20, 14, 28\) to test"),
+    (3, -np.ones(20, dtype=np.int8), "labels less than 0"), (1, np.ones(40, dtype=np.float32), "labels less than 0, greater than 9"),
+    (1, np.full(40, 10, dtype=np.uint8), "labels less than 0, greater than 9"),
+])
+def test_unverified_parts_must_fit_together(tiny, file, made, message):
+    folder, _ = tiny
+    for old in folder.glob(f"{FILES[file]}*"): old.unlink()
+    D.write_idx(folder / f"{FILES[file]}.gz", torch.from_numpy(made))
+    with pytest.raises(D.DataCorrupt, match=message):
+        D.mnist(verify=False)
+
+
+@pytest.mark.parametrize("seed", ["a", 0.5, True, None])
+def test_seeds_are_integers(seed):
+    with pytest.raises(TypeError, match="seed"):
+        D.load("digits", seed=seed)
+    with pytest.raises(TypeError, match="seed"):
+        D.order_of(torch.zeros(3), seed, "ordered")
+
+
+def test_integers_of_numpy_are_integers():
+    one, four = np.int64(1), np.int32(4)
+    a = D.digits(n_train=four, n_val=np.uint8(3), n_test=np.int64(2), seed=one)
+    b = D.digits(n_train=4, n_val=3, n_test=2, seed=1)
+    assert torch.equal(a.x_train, b.x_train) and torch.equal(a.y_test, b.y_test) and len(a.y_val) == 3
+    assert torch.equal(D.two_moons(four, seed=one)[0], D.two_moons(4, seed=1)[0])
+    assert D.gaussian_regression(four, one, seed=one)[0].shape == (4, 1)
+
+
+def test_a_relative_folder_is_relative_to_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALTBP_DATA", "some/where")
+    assert D.data_folders("mnist")[0] == tmp_path / "some" / "where" / "mnist"
+    assert "relative to the current folder" in D.data_folders.__doc__

@@ -1,6 +1,9 @@
 """altbp.experiments: registering, running, resuming, tables, and the command line."""
+import io
 import json
 import math
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -163,7 +166,9 @@ def test_a_damaged_file_is_reported_and_kept(tmp_path, toy, capsys, content):
         assert "toy.json" in capsys.readouterr().err
     assert E.main(["list", "--out", str(tmp_path)]) == 0 and "damaged" in capsys.readouterr().out
     assert (tmp_path / "toy.json").read_text() == content and toy.calls == []
-    assert run(tmp_path, "toy", "--fresh") == 2 and (tmp_path / "toy.json").read_text() == content
+    assert run(tmp_path, "toy") == 2 and "--fresh begins anew" in capsys.readouterr().err
+    assert run(tmp_path, "toy", "--fresh") == 0 and "kept as toy.json.bak" in capsys.readouterr().err
+    assert (tmp_path / "toy.json.bak").read_text() == content and runs(tmp_path) == [(1.0, 0), (2.0, 0)]
 
 
 def test_another_format_is_refused(tmp_path, toy, capsys):
@@ -305,7 +310,7 @@ def test_show(tmp_path, toy, capsys):
     assert E.main(["show", "toy", "--markdown", "--metrics", "value", "--out", str(tmp_path)]) == 0
     assert "| scale | n | value |" in capsys.readouterr().out
     assert E.main(["show", "toy", "--metrics", "nothing", "--out", str(tmp_path)]) == 2
-    assert E.main(["show", "toy", "--quick", "--out", str(tmp_path)]) == 0 and "no such runs" in capsys.readouterr().out
+    assert E.main(["show", "toy", "--quick", "--out", str(tmp_path)]) == 0 and "no such runs; 6 full runs are stored" in capsys.readouterr().out
     assert E.main(["show", "all", "--out", str(tmp_path / "empty")]) == 0
     assert E.main(["show", "toy", "--out", str(tmp_path / "empty")]) == 2
     assert "altbp run toy" in capsys.readouterr().err
@@ -323,7 +328,7 @@ def test_usage_errors(tmp_path, toy, capsys):
     for args, message in [
         ([], "usage"), (["walk"], "invalid choice"), (["run"], "usage"), (["run", "toi"], "did you mean toy?"),
         (["run", "qqqq"], "altbp list"), (["show", "toi"], "did you mean toy?"),
-        (["run", "toy", "--seeds", "0"], "--seeds"), (["run", "toy", "--seeds", "a"], "--seeds"),
+        (["run", "toy", "--seeds", "0"], "--seeds"), (["run", "toy", "--seeds", "a"], "'a' is neither a number (5) nor a list"), (["run", "toy", "--seeds", ""], "'' is neither"),
         (["run", "toy", "--seeds", "1,-2"], "--seeds"), (["run", "toy", "--case", "scale"], "key=value"),
         (["run", "toy", "--case", "scale=9"], "no case agrees with scale=9; there are {'scale': 1.0}"),
         (["run", "toy", "--case", "depth=1"], "no case agrees"), (["run", "toy", "--device", "tpu"], "--device: 'tpu'"),
@@ -408,3 +413,198 @@ def test_stored_results_are_of_the_code_that_is_here(monkeypatch):
     stored = {n: E.load_results(folder / f"{n}.json") for n in found if (folder / f"{n}.json").exists()}
     assert "digits-mlp" in stored and all(r["name"] == n for n, r in stored.items())
     assert [n for n, r in stored.items() if r["fingerprint"] != E.fingerprint(found[n])] == []  # made by other code
+
+
+# Found by a hostile reader ----------------------------------------------------------------------------------------
+
+def test_runs_that_another_process_stored_meanwhile_are_kept(tmp_path):
+    """Between reading the file and writing it, somebody else stores another seed."""
+    calls = []
+
+    @E.experiment("pair", "…")
+    def pair(seed, device, quick=False):
+        calls.append(seed)
+        if seed == 0: assert E.run_experiment(E.REGISTRY["pair"], [1, 2], out=tmp_path) == (2, 0)
+        return {"a": seed}
+    assert E.run_experiment(E.REGISTRY["pair"], [0, 1, 3], out=tmp_path) == (2, 0)  # 1 is stored by then
+    assert calls == [0, 1, 2, 3]
+    assert sorted(r["seed"] for r in E.load_results(tmp_path / "pair.json")["runs"]) == [0, 1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["pair.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_at_one_experiment_lose_no_run_and_make_none_twice(tmp_path):
+    @E.experiment("many", "…", cases=[dict(x=1), dict(x=2)])
+    def many(seed, device, quick=False, x=1, checkpoint=None):
+        with (checkpoint / "owner").open("x"): pass  # fails if another process is at this run
+        with (tmp_path / "log.txt").open("a") as log: log.write(f"{x} {seed}\n")
+        time.sleep(0.003)
+        return {"a": x * seed}
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
+    args = [(E.REGISTRY["many"], seeds, "cpu", out) for seeds in (range(8), range(7, -1, -1), range(4, 12))]
+    workers = [fork.Process(target=E.run_experiment, args=a) for a in args]
+    for w in workers: w.start()
+    for w in workers: w.join(60)
+    assert [w.exitcode for w in workers] == [0, 0, 0]
+    want = sorted((x, s) for x in (1, 2) for s in range(12))
+    assert sorted((r["case"]["x"], r["seed"]) for r in E.load_results(out / "many.json")["runs"]) == want
+    assert sorted(tuple(map(int, l.split())) for l in (tmp_path / "log.txt").read_text().splitlines()) == want
+    assert [p.name for p in out.iterdir()] == ["many.json"]
+
+
+def test_a_run_that_is_being_made_is_skipped_with_a_word(tmp_path, capsys):
+    @E.experiment("self", "…")
+    def twice(seed, device, quick=False):
+        status.append(E.run_experiment(E.REGISTRY["self"], [0], out=tmp_path))
+        with pytest.raises(E.ResultsError, match="another process is making runs.*--fresh"):
+            E.run_experiment(E.REGISTRY["self"], [0], out=tmp_path, fresh=True)
+        return {"a": 1}
+    status = []
+    assert E.run_experiment(E.REGISTRY["self"], [0], out=tmp_path) == (1, 0) and status == [(0, 0)]
+    assert "seed 0: skipped, another process is making it now" in capsys.readouterr().err
+
+
+def test_a_lock_that_a_killed_process_left_is_free(tmp_path, toy):
+    e = E.REGISTRY["toy"]
+    path = E._folder(e, tmp_path, E.fingerprint(e) + E._key(dict(scale=1.0), 0, False)).with_suffix(".lock")
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    assert E.run_experiment(e, [0], out=tmp_path) == (2, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.json"]
+
+
+def test_code_that_changed_meanwhile_is_not_mixed_in(tmp_path):
+    path = tmp_path / "slow.json"
+
+    @E.experiment("slow", "…")
+    def slow(seed, device, quick=False):
+        if path.exists(): path.write_text(path.read_text().replace(E.fingerprint(E.REGISTRY["slow"]), "0123456789abcdef"))
+        return {"a": seed}
+    with pytest.raises(E.ResultsError, match="made by other code"):
+        E.run_experiment(E.REGISTRY["slow"], [0, 1], out=tmp_path)
+    assert [r["seed"] for r in E.load_results(path)["runs"]] == [0]
+
+
+def test_seeds_and_cases_may_come_from_iterators(tmp_path, toy):
+    e = E.REGISTRY["toy"]
+    seeds = (np.int64(s) for s in (3, 1, 3))
+    assert E.run_experiment(e, seeds, out=tmp_path, cases=iter(e.cases)) == (4, 0)
+    assert sorted(runs(tmp_path)) == [(1.0, 1), (1.0, 3), (2.0, 1), (2.0, 3)]
+    toy.calls.clear()
+    for bad in ([0, 0.5], [True], ["1"], 3):
+        with pytest.raises(TypeError, match="seeds"):
+            E.run_experiment(e, bad, out=tmp_path)
+    with pytest.raises(ValueError, match=r"cases: \{'scale': 9.0\} is not a case of toy; there are \{'scale': 1.0\}"):
+        E.run_experiment(e, out=tmp_path, cases=[dict(scale=9.0)])
+    assert toy.calls == []
+
+
+def spoil(path, change):
+    stored = json.loads(path.read_text())
+    change(stored["runs"])
+    path.write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r.__setitem__(1, 5), "run 2: a int in place"), (lambda r: r[1].pop("case"), "run 2: 'case' is missing"),
+    (lambda r: r[0].update(seed="0"), "run 1: 'seed'"), (lambda r: r[0].update(seed=True), "run 1: 'seed'"),
+    (lambda r: r[0].update(quick=0), "run 1: 'quick'"), (lambda r: r[1].update(result=[1]), "run 2: 'result'"),
+    (lambda r: r[1]["result"].update(value="x"), "run 2: the result 'value' is text"),
+])
+def test_a_bad_record_is_named_and_hides_no_other_experiment(tmp_path, toy, capsys, change, message):
+    @E.experiment("zoo", "Animals")
+    def zoo(seed, device, quick=False): return {"a": 1}
+    run(tmp_path, "all")
+    spoil(tmp_path / "toy.json", change)
+    with pytest.raises(E.ResultsError, match=f"toy.json: {message}"):
+        E.load_results(tmp_path / "toy.json")
+    assert run(tmp_path, "toy") == 2 and message in capsys.readouterr().err
+    assert E.main(["list", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^toy .* damaged ", out, re.M) and re.search(r"^zoo .* 1 +Animals", out, re.M)
+    assert E.main(["show", "all", "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "zoo: Animals" in shown.out and message in shown.err
+
+
+def test_numbers_that_are_not_finite_are_counted(tmp_path, toy, capsys):
+    run(tmp_path, "toy", "--seeds", 3)
+    def change(rows): rows[0]["result"]["value"], rows[1]["result"]["value"] = math.nan, math.inf
+    spoil(tmp_path / "toy.json", change)
+    capsys.readouterr()
+    assert E.main(["show", "toy", "--out", str(tmp_path)]) == 0 and "2.0 (1 of 3)" in capsys.readouterr().out
+    table = E.summary_table({"runs": made([{"a": 10**400}, {"a": [1]}, {"a": 1.0}])})
+    assert table.rows[0]["a"] == (1.0, None, 1, 3)
+    assert "inf" in str(E.summary_table({"runs": made([{"a": 1.7e308}, {"a": 1.7e308}, {"a": -1.7e308}])}))
+
+
+def test_stale_results_are_marked(tmp_path, toy, capsys):
+    run(tmp_path, "toy")
+    for command in (["list"], ["show", "toy"]):
+        capsys.readouterr()
+        E.main([*command, "--out", str(tmp_path)])
+        shown = capsys.readouterr()
+        assert "stale" not in shown.out + shown.err
+    path = tmp_path / "toy.json"
+    path.write_text(path.read_text().replace(E.fingerprint(E.REGISTRY["toy"]), "0123456789abcdef"))
+    assert E.main(["list", "--out", str(tmp_path)]) == 0 and re.search(r"^toy .* 2 \(stale\) +A toy", capsys.readouterr().out, re.M)
+    assert E.main(["show", "toy", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 1 and "stale" in shown.err and "toy: A toy" in shown.out
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_computing(tmp_path, toy, capsys):
+    (tmp_path / "file").write_text("")
+    assert E.main(["run", "toy", "--out", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "--out: cannot write to" in err and toy.calls == []
+    assert E.main(["run", "toy", "--out", str(tmp_path / "file" / "below")]) == 2 and toy.calls == []
+
+
+def test_quick_and_fresh_put_no_full_runs_aside(tmp_path, toy, capsys):
+    run(tmp_path, "toy"), run(tmp_path, "toy", "--quick")
+    before = (tmp_path / "toy.json").read_text()
+    toy.calls.clear()
+    assert run(tmp_path, "toy", "--quick", "--fresh") == 2 and "2 full runs" in capsys.readouterr().err
+    assert (tmp_path / "toy.json").read_text() == before and toy.calls == []
+    assert run(tmp_path, "toy", "--fresh") == 0 and runs(tmp_path) == [(1.0, 0), (2.0, 0)]
+    assert (tmp_path / "toy.json.bak").read_text() == before and "toy.json.bak" in capsys.readouterr().err
+
+
+def test_show_says_that_only_quick_runs_are_stored(tmp_path, toy, capsys):
+    run(tmp_path, "toy", "--quick")
+    assert E.main(["show", "toy", "--out", str(tmp_path)]) == 0
+    assert "no such runs; 1 quick runs are stored (see --quick)" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    import altbp
+    assert E.main(["--version"]) == 0 and capsys.readouterr().out == f"altbp {altbp.__version__}\n"
+
+
+def test_markdown_cells_keep_to_themselves():
+    table = E.summary_table({"runs": made([{"a": 1.0}], rule="x|y\nz")})
+    assert table.markdown().splitlines()[2] == r"| x\|y z | 1 | 1 |"
+
+
+def test_a_terminal_without_the_characters(tmp_path, toy, monkeypatch):
+    run(tmp_path, "toy", "--seeds", 2)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert E.main(["show", "toy", "--out", str(tmp_path)]) == 0
+    assert b"toy: A toy" in raw.getvalue() and b"0.5 ? 0.7" in raw.getvalue()
+
+
+def test_the_reader_of_the_output_may_leave(tmp_path, toy, monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert E.main(["list", "--out", str(tmp_path)]) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_at_any_moment(monkeypatch, capsys):
+    def interrupted(): raise KeyboardInterrupt
+    monkeypatch.setattr(E, "discover", interrupted)
+    assert E.main(["list"]) == 130 and capsys.readouterr().err.strip() == "interrupted"

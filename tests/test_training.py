@@ -444,3 +444,124 @@ def test_one_diverging_seed_leaves_the_others_alone():
         T.fit_seeds(Fuse, [0, 1], toy(), 2)
     with pytest.raises(ValueError, match="seeds: there are none"):
         T.fit_seeds(mlp, [], toy(), 2)
+
+
+# Found by a hostile reader ----------------------------------------------------------------------------------------
+
+def test_accuracy_wants_the_shapes_that_belong_together():
+    logits = torch.eye(3)
+    assert T.accuracy(logits, torch.arange(3)) == 1.0
+    for y in (torch.arange(3)[:, None], torch.arange(1), torch.tensor(0), torch.eye(3).long()):
+        with pytest.raises(ValueError, match=r"logits: \(3, 3\) do not fit labels"):
+            T.accuracy(logits, y)
+    with pytest.raises(ValueError, match="logits"):
+        T.evaluate(nn.Linear(5, 3), torch.ones(4, 5), torch.zeros(4, 1, dtype=torch.int64), loss=lambda out, y: out.sum())
+
+
+def test_rows_with_nan_are_wrong():
+    logits = torch.eye(3)
+    logits[0, 0] = logits[1, 2] = math.nan  # argmax would answer 0, which is right, and 2
+    assert T.accuracy(logits, torch.arange(3)) == pytest.approx(1 / 3)
+    assert T.accuracy(torch.full((4, 2), math.nan), torch.zeros(4, dtype=torch.int64)) == 0.0
+
+
+def frozen_state(*objects):
+    import copy
+    return copy.deepcopy([o.get_state() if isinstance(o, torch.Generator) else o.state_dict() for o in objects])
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    path, small = tmp_path / "run.pt", dict(data=toy(), batch_size=13)
+    def also(): return dict(g=torch.Generator().manual_seed(4), net=T.seeded(lambda: nn.Linear(2, 2), 4))
+    T.fit(mlp(), epochs=3, optimizer=MOMENTUM, checkpoint=path, also=also(), **small)
+    saved = path.read_bytes()
+    x, y, *val = toy()
+    wide = lambda p: torch.optim.SGD([{"params": [q]} for q in p], lr=0.05, momentum=0.9)
+    for change, message in [
+        (dict(model=mlp(9)), "does not fit, its model"),                        # another shape
+        (dict(model=nn.Sequential(*mlp(), nn.Tanh(), nn.Linear(3, 3))), "does not fit, its model"),  # other keys
+        (dict(optimizer=wide), "does not fit, its optimizer"),                  # other groups
+        (dict(optimizer=ADAM), "of another run.*SGD.*Adam"),                    # another kind
+        (dict(also={**also(), "net": nn.Linear(3, 2)}), "does not fit, its net"),
+        (dict(epochs=2), "3 epochs, epochs=2 is less"),
+        (dict(data=(x + 1, y, *val)), "of another run"), (dict(data=(x, y.roll(1), *val)), "of another run"),
+    ]:
+        options = dict(model=mlp(), epochs=5, optimizer=MOMENTUM, also=also(), checkpoint=path, **small) | change
+        kept = [options["model"], *options["also"].values()]
+        before, rng = frozen_state(*kept), torch.get_rng_state()
+        with pytest.raises(ValueError, match=f"(?s)checkpoint: .*run.pt.*{message}"):
+            T.fit(**options)
+        after = frozen_state(*kept)
+        assert torch.equal(before[1], after[1]) and torch.equal(torch.get_rng_state(), rng)
+        for a, b in zip((before[0], before[2]), (after[0], after[2])):
+            assert all(torch.equal(a[k], b[k]) for k in a)
+        assert path.read_bytes() == saved
+
+
+@pytest.mark.parametrize("content", [
+    {"weight": torch.ones(2)}, [1, 2], torch.ones(3),
+    dict.fromkeys(("config", "epoch", "best", "rng", "cuda", "history", "diverged", "stopped", "parts")),
+])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="run.pt is not a checkpoint of fit"):
+        T.fit(mlp(), toy(), 2, checkpoint=tmp_path / "run.pt")
+
+
+def test_a_checkpoint_without_the_later_keys_still_resumes(tmp_path):
+    """Checkpoints of before had neither the hash of the data nor the optimiser's name."""
+    path, whole = tmp_path / "run.pt", T.seeded(mlp, 0)
+    expected = T.fit(whole, toy(), 4)
+    T.fit(T.seeded(mlp, 0), toy(), 2, checkpoint=path)
+    saved = torch.load(path)
+    assert saved["config"].keys() == {"seed", "batch_size", "n", "data", "optimizer"}
+    del saved["config"]["data"], saved["config"]["optimizer"]
+    torch.save(saved, path)
+    assert dict(T.fit(model := T.seeded(mlp, 5), toy(), 4, checkpoint=path)) == dict(expected) and same(model, whole)
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(every=0), ValueError, "every: 0"), (dict(every=1.0), TypeError, "every"), (dict(epochs=-1), ValueError, "epochs: -1"),
+    (dict(epochs=2.0), TypeError, "epochs"), (dict(seed="0"), TypeError, "seed"), (dict(seed=0.5), TypeError, "seed"),
+    (dict(seed=True), TypeError, "seed"), (dict(mode="least"), ValueError, "mode: 'least'"),
+    (dict(batch_size=0), ValueError, "batch_size"), (dict(batch_size=2.5), TypeError, "batch_size"),
+    (dict(patience=0), ValueError, "patience: 0"), (dict(patience=1, monitor="loss"), ValueError, "monitor: 'loss'"),
+    (dict(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau), ValueError, "scheduler: ReduceLROnPlateau"),
+])
+def test_wrong_arguments_are_found_before_the_first_step(tmp_path, options, error, message):
+    def rule(model, x, y): raise AssertionError("a step was taken")
+    with pytest.raises(error, match=message):
+        T.fit(**dict(model=mlp(), data=toy(), epochs=2, gradients=rule, checkpoint=tmp_path / "run.pt") | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_and_no_epoch_at_all(tmp_path):
+    import numpy as np
+    model = T.seeded(mlp, np.int64(3))
+    before = [p.clone() for p in model.parameters()]
+    assert T.fit(model, toy(), 0) == {} and all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    a = T.fit(T.seeded(mlp, 3), toy(), np.int64(2), seed=np.int32(1), batch_size=np.int64(13), checkpoint=tmp_path / "a.pt")
+    assert dict(a) == dict(T.fit(T.seeded(mlp, 3), toy(), 2, seed=1, batch_size=13, checkpoint=tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("found, error, message", [
+    ({"loss": 1.0}, ValueError, "metrics: loss is"), ({"epoch": 1}, ValueError, "metrics: epoch is"), (0.5, TypeError, "metrics"),
+])
+def test_measurements_have_names_of_their_own(found, error, message):
+    for run in (partial(T.fit, mlp(), toy(), 1), partial(T.fit_seeds, mlp, [0], toy(), 1)):
+        with pytest.raises(error, match=message):
+            run(metrics=lambda m: found)
+
+
+def test_seeds_may_come_from_an_iterator_and_count_once():
+    together, histories = T.fit_seeds(mlp, map(int, "3 1 3"[::2]), toy(), 2)
+    assert len(together) == len(histories) == 2
+    for s, m, h in zip((3, 1), together, histories):
+        alone = T.fit(model := T.seeded(mlp, s), toy(), 2, seed=s)
+        assert h["loss"] == pytest.approx(alone["loss"], abs=1e-5) and len(h["epoch"]) == 2
+        assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(m.parameters(), model.parameters()))
+    for seeds in ([0, 0.5], [True], ["0"], 3):
+        with pytest.raises(TypeError, match="seeds"):
+            T.fit_seeds(mlp, seeds, toy(), 1)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        T.fit_seeds(mlp, [0], toy(), 1, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
