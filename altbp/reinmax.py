@@ -44,7 +44,7 @@ def _count(
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     return int(value)
 
-# %% ../nbs/04a_reinmax.ipynb #994173aa
+# %% ../nbs/04a_reinmax.ipynb #6c09bde3
 def _check_tau(
     tau,         # temperature: a number, or a tensor that broadcasts against the logits
     least=0.0,   # warn below this
@@ -53,7 +53,7 @@ def _check_tau(
     if isinstance(tau, Tensor):
         if tau.dtype == torch.bool or tau.is_complex():
             raise TypeError(f"tau: expected a number or a tensor of real numbers, got {tau.dtype}")
-        if tau.requires_grad: raise ValueError("tau: no estimator has a gradient for tau: detach it")
+        if tau.requires_grad: raise ValueError("tau: there is no gradient to tau: detach it")
         if _true(((tau > 0) & tau.isfinite()).all()) is False:
             raise ValueError(f"tau: expected finite values > 0, got {tau.min()} to {tau.max()}")
         return tau.detach()

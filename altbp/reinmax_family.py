@@ -5,7 +5,7 @@ __all__ = ['pathwise', 'gradient_samples', 'st_gumbel_softmax', 'gradient_report
            'reinmax_uniform_baseline', 'reinforce_surrogate', 'rloo_surrogate', 'reinmax_loo', 'debiased_surrogate',
            'multi_sample', 'path_surrogate', 'StraightThroughGumbelSoftmax', 'GumbelRao', 'GappedST']
 
-# %% ../nbs/04b_reinmax_family.ipynb #d13fee2a
+# %% ../nbs/04b_reinmax_family.ipynb #a1038fcd
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .reinmax import _autograd, _check_float, _check_logits, _check_tau, _count, _draw, _evaluate
-from .reinmax import _finish, _keep_tau, _masked, _number, _one_hot, _OneHotModule, _prepare
-from .reinmax import _Replace, _slope, _softmax, _tau_last, exact_gradient, reinmax
+# %% ../nbs/04b_reinmax_family.ipynb #21f11078
+from .reinmax import _autograd, _check_float, _check_logits, _check_tau, _count, _draw
+from .reinmax import _evaluate, _finish, _keep_tau, _masked, _number, _one_hot, _OneHotModule
+from .reinmax import _prepare, _Replace, _slope, _softmax, _tau_last, exact_gradient, reinmax
 
 # %% ../nbs/04b_reinmax_family.ipynb #1412a4ba
 def _exponential(
@@ -58,7 +59,7 @@ def pathwise(
     "Turn a sampler into an estimator of the form that `gradient_samples` takes."
     return lambda f, logits: f(sampler(logits, **kwargs))
 
-# %% ../nbs/04b_reinmax_family.ipynb #dcd0bcad
+# %% ../nbs/04b_reinmax_family.ipynb #8238f93c
 def gradient_samples(
     f: Callable,         # maps (n, *batch, L, N) to (n, *batch), as in `expectation`
     logits: Tensor,      # (N,) or (*batch, L, N)
@@ -66,7 +67,7 @@ def gradient_samples(
     n: int,              # number of independent gradients
     chunk: int | None = None, # how many at a time; None: all
 ) -> Tensor:             # (n, *shape of logits)
-    "Draw n independent gradients of the sum over the batch; raise ValueError for n, chunk, values of f."
+    "Draw n independent gradients of the sum over the batch; raise ValueError for n, chunk, f's shape."
     _check_float(logits)
     out, n = [], _count("n", n)
     chunk, batch = n if chunk is None else _count("chunk", chunk), logits.shape[:-2]
@@ -101,7 +102,7 @@ def st_gumbel_softmax(
     out = _Replace.apply(s, z.argmax(-1, keepdim=True), x.dtype) if hard else s.to(x.dtype)
     return _finish(out, pi, x, dim, return_probs)
 
-# %% ../nbs/04b_reinmax_family.ipynb #98217d9c
+# %% ../nbs/04b_reinmax_family.ipynb #b635eca6
 def gradient_report(
     f: Callable,      # as in `gradient_samples`
     logits: Tensor,   # (N,) or (*batch, L, N)
@@ -113,7 +114,7 @@ def gradient_report(
     "Compare estimators with the exact gradient; the bias is free of Monte-Carlo noise, @eq-reinmax-noise."
     exact, n = exact_gradient(f, logits) if exact is None else exact, _count("n", n, 2)
     if exact.shape != logits.shape:
-        raise ValueError(f"exact: expected {tuple(logits.shape)} as the logits, got {tuple(exact.shape)}")
+        raise ValueError(f"exact: expected shape {tuple(logits.shape)}, got {tuple(exact.shape)}")
     size, rows = exact.norm(), {}
     for name, estimator in estimators.items():
         grads = gradient_samples(f, logits, estimator, n, chunk)
@@ -389,7 +390,7 @@ def debiased_surrogate(
     u = (D * r.sum(-1, keepdim=True)).sum(-2) / (k * (k - 1))
     return values.mean(0) + _Inject.apply(logits, u, values.shape[1:])
 
-# %% ../nbs/04b_reinmax_family.ipynb #c8d910bd
+# %% ../nbs/04b_reinmax_family.ipynb #8667c63e
 def multi_sample(
     f: Callable,     # maps (k, *batch, L, N) to (k, *batch), as in `expectation`
     logits: Tensor,  # (N,) or (*batch, L, N)
@@ -398,7 +399,8 @@ def multi_sample(
     generator: torch.Generator | None = None, # random source
 ) -> Tensor:         # (*batch) mean of the k values, with the method's gradient at the logits
     "Draw k samples, evaluate f, return the surrogate to call backward on; raise ValueError for `method`."
-    surrogates = dict(reinforce=reinforce_surrogate, rloo=rloo_surrogate, debiased=debiased_surrogate)
+    surrogates = dict(reinforce=reinforce_surrogate, rloo=rloo_surrogate,
+                      debiased=debiased_surrogate)
     if method not in (*surrogates, "reinmax", "reinmax_loo"):
         raise ValueError(f"method: {method!r} is not known")
     _check_float(logits)
@@ -407,8 +409,8 @@ def multi_sample(
     elif method == "reinmax": D = reinmax(wide, generator=generator)
     else: D = reinmax_loo(logits, k, generator=generator)
     values = _evaluate(f, D, D.shape[:-2], D.shape[:-1])
-    if method not in surrogates or method == "debiased" and not D.requires_grad: return values.mean(0)
-    return surrogates[method](values, D, logits)
+    plain = method not in surrogates or method == "debiased" and not D.requires_grad
+    return values.mean(0) if plain else surrogates[method](values, D, logits)
 
 # %% ../nbs/04b_reinmax_family.ipynb #01d388c9
 def path_surrogate(

@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -664,3 +665,189 @@ def test_memory_keeps_probabilities_and_index_only():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         R.reinmax(x)
     assert sum(saved.values()) == 64 * 100 * 8 + 64 * 8
+
+
+# What a hostile user found ------------------------------------------------------------------------------------------
+
+BAD_ROWS = [([0.0, math.nan], "a NaN"), ([0.0, math.inf], r"\+inf"), ([-math.inf, -math.inf], "throughout")]
+
+
+@pytest.mark.parametrize("row, word", BAD_ROWS, ids=["nan", "inf", "masked"])
+def test_enumeration_refuses_rows_without_a_distribution(row, word):
+    f = lambda x: x[..., 0, 0]
+    x = torch.tensor([[0.0, 1.0], row])
+    for call in (R.expectation, R.exact_gradient, lambda f, x: R.expected_gradient(R.st, f, x)):
+        with pytest.raises(ValueError, match=f"logits.*{word}"): call(f, x)
+    with pytest.raises(ValueError, match=f"logits.*{word}"): R.expectation(lambda x: x[..., 0], x[1])
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_values_at_impossible_states_do_not_matter(bad):
+    theta = torch.tensor([[0.3, -math.inf, 1.0], [0.2, -0.7, -math.inf]], dtype=F64)
+    f = lambda s: torch.where((s[..., 0, 1] + s[..., 1, 2]) > 0, bad, joint(s))
+    x = theta.clone().requires_grad_()
+    value = R.expectation(f, x)
+    value.backward()
+    zero = lambda s: torch.where((s[..., 0, 1] + s[..., 1, 2]) > 0, 0.0, joint(s))
+    assert torch.allclose(value, R.expectation(zero, theta)) and x.grad.isfinite().all()
+    assert torch.allclose(x.grad, R.exact_gradient(zero, theta)) and torch.equal(x.grad, R.exact_gradient(f, theta))
+    assert R.expected_gradient(R.reinmax, f, theta).isfinite().all()
+
+
+def test_impossible_states_leave_the_parameters_of_f_alone():
+    theta = torch.tensor([[[0.3, -math.inf, 1.0]], [[0.5, 0.1, -math.inf]], [[0.0, 0.2, -0.3]]], dtype=F64)
+    w = torch.tensor([[1.0, 0.0, 2.0], [1.0, 2.0, 0.0], [1.0, 2.0, 3.0]], dtype=F64, requires_grad=True)
+    f = lambda s: (s[..., 0, :] * w).sum(-1).log()  # log 0 and its slope at the impossible states
+    R.expectation(f, theta).sum().backward()
+    pi = theta[:, 0].softmax(-1)
+    assert torch.allclose(w.grad, torch.where(pi > 0, pi / w.detach(), 0), atol=1e-15)
+
+
+def test_a_mask_in_one_row_does_not_change_another():
+    theta = normal(2, 2, 3)
+    theta[0, 0, 1] = -math.inf
+    for f in (R.exact_gradient, lambda f, x: R.expected_gradient(R.reinmax, f, x)):
+        rows = torch.stack([f(joint, row) for row in theta])
+        assert torch.allclose(f(joint, theta), rows, atol=1e-14)
+
+
+def test_values_of_the_wrong_shape_are_refused_everywhere():
+    x, bad = normal(2, 3).requires_grad_(), lambda D: D.sum(-1)  # (..., L): not summed over the latents
+    for call in (lambda: R.expectation(bad, x), lambda: R.expected_gradient(R.reinmax, bad, x),
+                 lambda: F.gradient_samples(bad, x, F.pathwise(R.reinmax), 5),
+                 lambda: F.gradient_report(bad, x, {"r": F.pathwise(R.reinmax)}, exact=normal(2, 3)),
+                 lambda: F.path_surrogate(bad, x), lambda: R.expected_gradient(R.st, lambda D: 1.0, x),
+                 *[lambda m=m: F.multi_sample(lambda D: D, x, 3, m) for m in ("rloo", "reinmax", "debiased")],
+                 *[lambda m=m: F.multi_sample(lambda D: D.sum(), x, 3, m) for m in ("reinforce", "reinmax_loo")],
+                 lambda: F.gradient_samples(joint, x, lambda f, x: f(R.st(x)).mean(), 5)):
+        with pytest.raises(ValueError, match="f: expected values of shape"): call()
+    with pytest.raises(ValueError, match="exact: expected"):
+        F.gradient_report(joint, x, {"r": F.pathwise(R.reinmax)}, exact=normal(3))
+
+
+def test_values_without_a_gradient_are_refused_by_name():
+    x, code = normal(2, 3).requires_grad_(), normal(3, seed=1)
+    lookup = lambda D: code[D.argmax(-1)].sum(-1)
+    for call in (lambda: R.expected_gradient(R.reinmax, lookup, x), lambda: F.path_surrogate(lookup, x),
+                 lambda: F.gradient_samples(lookup, x, F.pathwise(R.reinmax), 4)):
+        with pytest.raises(ValueError, match="f: its values carry no gradient"): call()
+    w = normal(1).requires_grad_()
+    for f in (lookup, lambda D: lookup(D) * w):
+        with pytest.raises(ValueError, match="values: its values carry no"): F.multi_sample(f, x, 3, "debiased")
+
+
+def test_counts():
+    x = normal(2, 3)
+    for bad in (0, -1, 2.5, True, "3"):
+        for method in ("reinforce", "reinmax"):
+            with pytest.raises(ValueError, match="k:"): F.multi_sample(joint, x, bad, method)
+        for call in (lambda: F.GumbelRao(k=bad), lambda: F.path_surrogate(joint, x, k=bad), lambda: F.gumbel_rao(x, k=bad)):
+            with pytest.raises(ValueError, match="k:"): call()
+        for call in (lambda: F.gradient_samples(joint, x, F.pathwise(R.st), 4, chunk=bad), lambda: F.GumbelRao(chunk=bad),
+                     lambda: F.gradient_report(joint, x, {"s": F.pathwise(R.st)}, chunk=bad)):
+            with pytest.raises(ValueError, match="chunk:"): call()
+        with pytest.raises(ValueError, match="n:"): F.gradient_samples(joint, x, F.pathwise(R.st), bad)
+        with pytest.raises(ValueError, match="latents:"): R.one_hot_states(bad, 3)
+        with pytest.raises(ValueError, match="categories:"): R.one_hot_states(3, bad)
+    with pytest.raises(ValueError, match="n:.*>= 2"): F.gradient_report(joint, x, {"s": F.pathwise(R.st)}, n=1)
+    with pytest.raises(ValueError, match="latents:"): R.expectation(lambda s: s.sum((-1, -2)), normal(0, 3))
+    assert F.GumbelRao(k=np.int64(3))(x).shape == x.shape
+
+
+@pytest.mark.parametrize("f", [R.st, R.reinmax, F.st_gumbel_softmax, F.gumbel_rao, F.gapped_st, R.StraightThrough, R.ReinMax,
+                               F.GumbelRao, F.GappedST, F.StraightThroughGumbelSoftmax, R.OneHotCategoricalReinMax])
+def test_temperature_that_asks_for_a_gradient_is_refused(f):
+    name = "temperature" if f is R.OneHotCategoricalReinMax else "tau"
+    head = () if isinstance(f, type) else (normal(2, 3),)
+    probs = {"logits": normal(2, 3)} if name == "temperature" else {}
+    for tau in (torch.tensor(1.2, requires_grad=True), torch.nn.Parameter(torch.ones(2, 1))):
+        with pytest.raises(ValueError, match="tau: there is no gradient.*detach"): f(*head, **probs, **{name: tau})
+    for tau in (torch.tensor(True), torch.tensor(1j)):
+        with pytest.raises(TypeError, match="tau"): f(*head, **probs, **{name: tau})
+
+
+@pytest.mark.parametrize("f", [R.st, R.reinmax, F.st_gumbel_softmax, F.gumbel_rao, F.gapped_st])
+def test_extreme_temperatures(f):
+    x = torch.tensor([[0.3, -0.2, 1.0], [0.0, 1.0, -math.inf]], requires_grad=True)
+    D = lambda tau, **k: f(x, tau, generator=gen(), **k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for tau in (1e-300, 1e-46, 1e300, torch.tensor(1e-300, dtype=F64), torch.tensor(1e300, dtype=F64), 10**400):
+            with pytest.raises(ValueError, match="tau"): D(tau)
+        for tau in (1e-37, 3e38, np.float32(1.5), np.float64(1.5), np.int64(2), torch.tensor(1e-37)):
+            g, = torch.autograd.grad((D(tau) * normal(2, 3, dtype=torch.float32)).sum(), x)
+            assert g.isfinite().all() and (D(tau).sum(-1) == 1).all()
+        assert torch.equal(D(np.float32(1.5)), D(1.5))
+
+
+def test_overflow_of_the_quotient_is_exact():
+    x = torch.tensor([[3e38, 1.0, 3e38], [-3e38, -2e38, -3e38], [5.0, 4.0, 3.0]])
+    want = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    for tau in (0.5, torch.tensor(0.5)):
+        got = R._softmax(x, tau)
+        assert torch.equal(got[:2], want[:2]) and torch.equal(got[2], (x[2] / 0.5).softmax(-1))
+    with pytest.raises(ValueError, match="tau.*overflows"): R._softmax(x, torch.tensor([[0.5, 0.6, 0.5]]))
+
+
+def test_tensor_temperature_is_a_buffer():
+    tau = torch.tensor([[1.5], [2.0]])
+    for cls in (R.StraightThrough, R.ReinMax, F.GumbelRao, F.GappedST, F.StraightThroughGumbelSoftmax):
+        layer = cls(tau)
+        assert [n for n, _ in layer.named_buffers()] == ["tau"] and not list(layer.parameters())
+        assert layer.to("meta").tau.device.type == "meta" and cls(tau).double().tau.dtype == F64
+        assert cls(tau)(normal(2, 3)).shape == (2, 3) and not list(cls(1.5).buffers())
+
+
+@pytest.mark.parametrize("name", ONE_HOT)
+def test_samples_of_other_types_and_devices(name):
+    x, D, g = normal(3, 4), torch.eye(4, dtype=F64)[[1, 3, 0]], normal(3, 4, seed=1)
+    want = gradient(ONE_HOT[name], x, D, g, generator=gen(2))
+    for dtype in (torch.bool, torch.int64, torch.uint8, torch.float16):
+        out = ONE_HOT[name](x, sample=D.to(dtype))
+        assert torch.equal(out, D) and out.dtype == F64
+        assert torch.equal(gradient(ONE_HOT[name], x, D.to(dtype), g, generator=gen(2)), want)
+    with pytest.raises(ValueError, match="sample.*one-hot"): ONE_HOT[name](x, sample=2 * D.long())
+    with pytest.raises(ValueError, match="sample.*cpu.*meta"): ONE_HOT[name](x, sample=D.to("meta"))
+
+
+def test_bad_bernoulli_samples():
+    a = torch.tensor([math.inf, -math.inf, 0.0], requires_grad=True)
+    for bad, word in (([1.0, 0.0, 1.0], "list"), (torch.tensor([0.0, 0, 0]), "excludes"), (torch.tensor([1.0, 1, 0]), "excludes"),
+                      (torch.zeros(3, device="meta"), "cpu.*meta"), (1.0, "float")):
+        with pytest.raises(ValueError, match=f"sample.*{word}"): R.reinmax_bernoulli(a, sample=bad)
+    assert torch.equal(R.reinmax_bernoulli(a, sample=torch.tensor([True, False, True])), torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_gap_and_beta_and_matrix_name_the_argument():
+    x = normal(2, 3)
+    for gap in ("q", -1, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="gap"): F.GappedST(gap=gap)
+    for gap in (None, [1.0], True):
+        for f in (lambda: F.gapped_st(x, gap=gap), lambda: F.GappedST(gap=gap)):
+            with pytest.raises(TypeError, match="gap: expected a number or 'p'"): f()
+    for beta in ("a", None, True):
+        with pytest.raises(TypeError, match="beta: expected a number"): R.beta_st(x, beta)
+    for tau in (0, -1.0, math.nan, 1e-300):
+        with pytest.raises(ValueError, match="tau"): R.estimator_matrix("st", x.float(), torch.eye(3)[:2], tau)
+    D, tau = torch.eye(3, dtype=F64)[:2], torch.tensor([[1.3], [2.0]], dtype=F64)
+    rows = [R.estimator_matrix("st", x[i], D[i], tau[i].item()) for i in range(2)]
+    assert torch.allclose(R.estimator_matrix("st", x, D, tau), torch.stack(rows), atol=1e-15)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    with mode():
+        x = normal(2, 3)
+        for method in ("reinforce", "rloo", "reinmax", "reinmax_loo", "debiased"):
+            D = R.reinmax(x.expand(3, 2, 3), generator=gen(1))
+            assert torch.equal(F.multi_sample(joint, x, 3, method, gen(1)), joint(D).mean(0)), method
+        inside = [R.exact_gradient(joint, x), R.expected_gradient(R.reinmax, joint, x), R.backward_matrix(R.reinmax, x[0], generator=gen()),
+                  F.gradient_samples(joint, x, F.pathwise(R.reinmax, generator=gen()), 4)]
+        assert F.path_surrogate(joint, x, generator=gen()) == 0
+        assert F.gradient_report(joint, x, {"s": F.pathwise(R.st)}, n=4)["s"]["n"] == 4
+    x = normal(2, 3)
+    outside = [R.exact_gradient(joint, x), R.expected_gradient(R.reinmax, joint, x), R.backward_matrix(R.reinmax, x[0], generator=gen()),
+               F.gradient_samples(joint, x, F.pathwise(R.reinmax, generator=gen()), 4)]
+    for a, b in zip(inside, outside):
+        assert torch.equal(a, b)
+    assert torch.equal(F.multi_sample(joint, x, 3, "debiased", gen(1)), joint(R.reinmax(x.expand(3, 2, 3), generator=gen(1))).mean(0))
