@@ -1,4 +1,5 @@
 """Feedback alignment: layers, conversion, direct feedback, Kolen–Pollack, metrics."""
+from datetime import timedelta
 import copy
 import io
 import math
@@ -415,7 +416,8 @@ def test_gradient_checkpointing():
 
 def _rank(rank, file, out):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=120))
     results = {}
     for rule in DDP:
         torch.manual_seed(rank)  # ranks start out different: DDP must make weights and feedback agree

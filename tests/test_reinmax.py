@@ -1,4 +1,5 @@
 """ReinMax and its family: against formulas written out here, enumeration, and everything a user may throw at them."""
+from datetime import timedelta
 import copy
 import io
 import itertools
@@ -499,43 +500,31 @@ def test_double_backward_of_surrogates_is_refused():
             first.sum().backward()
 
 
-def _worker(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank_net(rank):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), R.ReinMax(1.1), torch.nn.Linear(4, 1))
-    ddp = torch.nn.parallel.DistributedDataParallel(net)
-    torch.manual_seed(rank)
-    ddp(torch.randn(8, 3)).pow(2).mean().backward()
-    results[rank] = [p.grad.clone() for p in net.parameters()]
+    return net, lambda model: (torch.manual_seed(rank), model(torch.randn(8, 3)).pow(2).mean().backward())
+
+
+def _rank(rank, file, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    net, step = _rank_net(rank)
+    step(torch.nn.parallel.DistributedDataParallel(net))
+    torch.save([p.grad for p in net.parameters()], f"{out}.{rank}")
     dist.destroy_process_group()
 
 
-def _other(port, queue):
-    results = {}
-    _worker(1, port, results)
-    queue.put([g.tolist() for g in results[1]])
-
-
-def test_ddp_averages_the_gradients():  # this process is rank 0, a spawned one rank 1
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    queue, here = mp.get_context("spawn").SimpleQueue(), {}
-    other = mp.get_context("spawn").Process(target=_other, args=(port, queue))
-    other.start()
-    _worker(0, port, here)
-    there = queue.get()
-    other.join()
+def test_ddp_averages_the_gradients(tmp_path):
+    mp.spawn(_rank, (str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=2)
+    both = [torch.load(tmp_path / f"out.{rank}") for rank in (0, 1)]
     single = []
     for rank in range(2):
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Linear(3, 4), R.ReinMax(1.1), torch.nn.Linear(4, 1))
-        torch.manual_seed(rank)
-        net(torch.randn(8, 3)).pow(2).mean().backward()
+        net, step = _rank_net(rank)
+        step(net)
         single.append([p.grad for p in net.parameters()])
-    for a, b, one, two in zip(here[0], there, *single):
-        assert torch.equal(a, torch.tensor(b)) and torch.allclose(a, (one + two) / 2, atol=1e-6)
+    for a, b, one, two in zip(*both, *single):
+        assert torch.equal(a, b) and torch.allclose(a, (one + two) / 2, atol=1e-6)
 
 
 # Modules and the distribution ---------------------------------------------------------------------------------------
