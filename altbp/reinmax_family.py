@@ -5,21 +5,23 @@ __all__ = ['pathwise', 'gradient_samples', 'st_gumbel_softmax', 'gradient_report
            'reinmax_uniform_baseline', 'reinforce_surrogate', 'rloo_surrogate', 'reinmax_loo', 'debiased_surrogate',
            'multi_sample', 'path_surrogate', 'StraightThroughGumbelSoftmax', 'GumbelRao', 'GappedST']
 
-# %% ../nbs/04b_reinmax_family.ipynb #a1038fcd
+# %% ../nbs/04b_reinmax_family.ipynb #47f5e882
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-# %% ../nbs/04b_reinmax_family.ipynb #21f11078
+# %% ../nbs/04b_reinmax_family.ipynb #309f0491
 from .reinmax import _autograd, _check_float, _check_logits, _check_tau, _count, _draw
 from .reinmax import _evaluate, _finish, _keep_tau, _masked, _number, _one_hot, _OneHotModule
-from .reinmax import _prepare, _Replace, _slope, _softmax, _tau_last, exact_gradient, reinmax
+from .reinmax import _prepare, _Replace, _slope, _softmax, _tau_last, _true
+from .reinmax import exact_gradient, reinmax
 
-# %% ../nbs/04b_reinmax_family.ipynb #1412a4ba
+# %% ../nbs/04b_reinmax_family.ipynb #16cf2201
 def _exponential(
     shape,     # of the result
     like,      # gives dtype and device
@@ -29,14 +31,31 @@ def _exponential(
     u = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
     return (-torch.log1p(-u)).clamp_min(torch.finfo(like.dtype).tiny)
 
+def _row_tau(
+    tau, # number, or tensor that broadcasts against (..., N)
+):
+    "Return `tau`; raise ValueError if it differs within a row, where a shift of the logits would matter."
+    if not isinstance(tau, Tensor) or tau.ndim == 0 or tau.stride(-1) == 0: return tau
+    if _true((tau == tau[..., :1]).all()) is not False: return tau
+    raise ValueError("tau: expected one temperature for all categories of a row, got several")
+
 def _tempered(
     z,   # (..., N) perturbed logits
     tau, # temperature
 ):
-    "Return softmax(z / τ) without overflow at small τ."
+    "Return softmax(z / τ) without overflow at small τ; raise as `_row_tau`."
+    tau = _row_tau(tau)
     return ((z - z.detach().amax(-1, keepdim=True)) / tau).softmax(-1)
 
-# %% ../nbs/04b_reinmax_family.ipynb #c51ebec9
+# %% ../nbs/04b_reinmax_family.ipynb #42dd1529
+def _exactly(
+    like, # gives the device
+):
+    "Switch autocast off: moments and residuals are differences that half precision would not carry."
+    kind = like.device.type
+    return torch.autocast(kind,
+                          enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
 class _Once(Function):
     "Identity that says no to a second derivative."
     generate_vmap_rule = True
@@ -102,7 +121,7 @@ def st_gumbel_softmax(
     out = _Replace.apply(s, z.argmax(-1, keepdim=True), x.dtype) if hard else s.to(x.dtype)
     return _finish(out, pi, x, dim, return_probs)
 
-# %% ../nbs/04b_reinmax_family.ipynb #b635eca6
+# %% ../nbs/04b_reinmax_family.ipynb #210bf8e8
 def gradient_report(
     f: Callable,      # as in `gradient_samples`
     logits: Tensor,   # (N,) or (*batch, L, N)
@@ -116,6 +135,7 @@ def gradient_report(
     if exact.shape != logits.shape:
         raise ValueError(f"exact: expected shape {tuple(logits.shape)}, got {tuple(exact.shape)}")
     size, rows = exact.norm(), {}
+    if size == 0: raise ValueError("logits: the exact gradient is zero, nothing is relative to it")
     for name, estimator in estimators.items():
         grads = gradient_samples(f, logits, estimator, n, chunk)
         mean, variance = grads.mean(0), grads.flatten(1).var(0).sum()
@@ -125,7 +145,7 @@ def gradient_report(
                           cosine=float((mean * exact).sum() / (mean.norm() * size)), n=n)
     return rows
 
-# %% ../nbs/04b_reinmax_family.ipynb #70b2a932
+# %% ../nbs/04b_reinmax_family.ipynb #2d3563a4
 class _Rao(Function):
     "One-hot sample whose backward averages J(s)/τ over draws of s, from their moments or from all of them."
     generate_vmap_rule = True
@@ -142,9 +162,11 @@ class _Rao(Function):
     @staticmethod
     def backward(ctx, g):
         pi, mean, second = ctx.saved_tensors
-        g = torch.where(pi > 0, g.to(pi.dtype), 0)
-        if second.shape[-2] == pi.shape[-1]: Cg = (second @ g[..., None])[..., 0]
-        else: Cg = (second.transpose(-1, -2) @ (second @ g[..., None]))[..., 0] / second.shape[-2]
+        g, k = torch.where(pi > 0, g.to(pi.dtype), 0), second.shape[-2]
+        with _exactly(pi):
+            Cg = (second @ g[..., None])
+            if k != pi.shape[-1]: Cg = second.transpose(-1, -2) @ Cg / k
+        Cg = Cg[..., 0]
         r = ((mean * g - Cg) / ctx.tau).to(ctx.dtype)
         return (_Once.apply(r, pi) if torch.is_grad_enabled() else r), None, None, None, None, None
 
@@ -180,7 +202,7 @@ def _rao_moments(
         mean, second = mean + s.sum(-2) / k, second + s.transpose(-1, -2) @ s / k
     return mean, second
 
-# %% ../nbs/04b_reinmax_family.ipynb #43ee9bb5
+# %% ../nbs/04b_reinmax_family.ipynb #62d13160
 def gumbel_rao(
     logits: Tensor,             # (..., N, ...) floating point; -inf masks a category
     tau: float | Tensor = 1.0,  # temperature
@@ -198,7 +220,8 @@ def gumbel_rao(
     k, chunk = _count("k", k), None if chunk is None else _count("chunk", chunk)
     x, pi, index, _ = _prepare(logits, dim, sample, generator, validate)
     tau = _tau_last(tau, logits, dim)
-    with torch.no_grad(): mean, second = _rao_moments(pi, index, k, tau, generator, chunk or k)
+    with torch.no_grad(), _exactly(pi):
+        mean, second = _rao_moments(pi, index, k, tau, generator, chunk or k)
     return _finish(_Rao.apply(x, pi, index, mean, second, tau), pi, x, dim, return_probs)
 
 # %% ../nbs/04b_reinmax_family.ipynb #2b1d515a
@@ -211,7 +234,40 @@ def _check_gap(
         raise ValueError(f"gap: expected 'p' or a finite number >= 0, got {gap!r}")
     return float(gap)
 
-# %% ../nbs/04b_reinmax_family.ipynb #0cfc219a
+# %% ../nbs/04b_reinmax_family.ipynb #6e6e493a
+def _gapped(
+    x, index, gap, tau, # logits (..., N), the winner (..., 1), and as in `gapped_st`
+):
+    "Return the softmax with the winner raised to the top and the others at least `gap` below it."
+    top = x.amax(-1, keepdim=True)
+    if gap == "p":
+        p = (_softmax(x).gather(-1, index) * (1 - 1e-5)).clamp_min(torch.finfo(x.dtype).tiny)
+        gap = -torch.log1p(-p) / p
+    return _softmax(torch.minimum(x, top - gap).scatter(-1, index, top), tau)
+
+# %% ../nbs/04b_reinmax_family.ipynb #10a101b6
+class _Gap(Function):
+    "One-hot sample whose backward is J(s)g/τ at s = `_gapped`; for a second derivative s is made anew."
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, s, index, gap, tau, masked): return _one_hot(index, s, x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, s, index, ctx.gap, ctx.tau, ctx.masked = inputs
+        ctx.save_for_backward(x, s, index)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s, index = ctx.saved_tensors
+        if torch.is_grad_enabled(): s = _gapped(x.to(s.dtype), index, ctx.gap, ctx.tau)
+        g = torch.where(s > 0, g.to(s.dtype), 0) if ctx.masked else g.to(s.dtype)
+        sg = s * g
+        r = (sg - s * sg.sum(-1, keepdim=True)) / ctx.tau
+        return r.to(x.dtype), None, None, None, None, None
+
+# %% ../nbs/04b_reinmax_family.ipynb #c319a987
 def gapped_st(
     logits: Tensor,             # (..., N, ...) floating point; -inf masks a category
     tau: float | Tensor = 1.0,  # temperature
@@ -227,16 +283,11 @@ def gapped_st(
     tau = _check_tau(tau)
     gap = _check_gap(gap)
     x, pi, index, masked = _prepare(logits, dim, sample, generator, validate)
-    t, top = x.detach().to(pi.dtype), x.detach().to(pi.dtype).amax(-1, keepdim=True)
-    if gap == "p":
-        p = pi.detach().gather(-1, index) * (1 - 1e-5)
-        gap = -torch.log1p(-p) / p
-    shift = (-(t - top + gap).relu()).scatter(-1, index, top - t.gather(-1, index))
-    s = _softmax(x.to(pi.dtype) + shift, _tau_last(tau, logits, dim))
-    if masked: s = torch.where(pi > 0, s, 0)
-    return _finish(_Replace.apply(s, index, x.dtype), pi, x, dim, return_probs)
+    tau = _row_tau(_tau_last(tau, logits, dim))
+    with torch.no_grad(): s = _gapped(x.to(pi.dtype), index, gap, tau)
+    return _finish(_Gap.apply(x, s, index, gap, tau, masked), pi, x, dim, return_probs)
 
-# %% ../nbs/04b_reinmax_family.ipynb #41418ffe
+# %% ../nbs/04b_reinmax_family.ipynb #3b7a2951
 class _Uniform(Function):
     "One-hot sample with the single-sample gradient of the trapezoid rule under a uniform baseline."
     generate_vmap_rule = True
@@ -255,10 +306,11 @@ class _Uniform(Function):
         g, n = torch.where(pi > 0, g.to(pi.dtype), 0), (pi > 0).sum(-1, keepdim=True)
         g_k, D = g.gather(-1, index), _one_hot(index, pi, pi.dtype)
         Jg = pi * (g - (pi * g).sum(-1, keepdim=True))
-        r = (g_k - g.sum(-1, keepdim=True) / n) * (D - pi) + Jg / (n * pi.gather(-1, index))
+        p = pi.gather(-1, index).clamp_min(torch.finfo(pi.dtype).tiny)
+        r = (g_k - g.sum(-1, keepdim=True) / n) * (D - pi) + Jg / (n * p)
         return (0.5 * r).to(ctx.dtype), None, None
 
-# %% ../nbs/04b_reinmax_family.ipynb #db4b9616
+# %% ../nbs/04b_reinmax_family.ipynb #e69ab944
 def reinmax_uniform_baseline(
     logits: Tensor,   # (..., N, ...) floating point; -inf masks a category
     *,
@@ -268,13 +320,17 @@ def reinmax_uniform_baseline(
     return_probs: bool = False, # also return softmax(logits)
     validate: bool = True,      # look at the values
 ) -> Tensor | tuple[Tensor, Tensor]: # exact one-hot D (and probabilities)
-    "Draw D; backpropagate the trapezoid with uniform baseline, @eq-reinmax-uniform. Raise as `st` does."
-    x, pi, index, _ = _prepare(logits, dim, sample, generator, validate)
+    "Draw D; backpropagate @eq-reinmax-uniform; raise as `st`, and for a sample whose π underflows to 0."
+    x, pi, index, masked = _prepare(logits, dim, sample, generator, validate)
+    if validate and masked and _true((pi.detach().gather(-1, index) > 0).all()) is False:
+        raise ValueError("sample: its probability underflows to 0, and this estimator divides by it")
     return _finish(_Uniform.apply(x, pi, index), pi, x, dim, return_probs)
 
-# %% ../nbs/04b_reinmax_family.ipynb #b484c760
+# %% ../nbs/04b_reinmax_family.ipynb #cb4ca58a
 class _Inject(Function):
     "Zeros whose gradient with respect to the logits is the given tensor."
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(logits, u, batch): return u.new_zeros(batch)
 
@@ -300,18 +356,30 @@ def _check_k(
     if values.shape != samples.shape[: values.ndim] or values.ndim >= samples.ndim:
         raise ValueError(f"values: no (k, *batch) of {tuple(samples.shape)}: got {tuple(values.shape)}")
 
-# %% ../nbs/04b_reinmax_family.ipynb #bab93c7f
+# %% ../nbs/04b_reinmax_family.ipynb #57a62a7d
+def _check_baseline(
+    baseline, values, # as in `reinforce_surrogate`
+):
+    "Raise ValueError unless the baseline broadcasts to the values."
+    try: baseline.expand(values.shape)
+    except RuntimeError as e:
+        got, allowed = tuple(baseline.shape), tuple(values.shape)
+        raise ValueError(f"baseline: shape {got} does not fit values {allowed}") from e
+
+# %% ../nbs/04b_reinmax_family.ipynb #f7be57d9
 def reinforce_surrogate(
     values: Tensor,  # (k, *batch) f at the samples
     samples: Tensor, # (k, *batch, ..., N) one-hot, without gradient
     logits: Tensor,  # (*batch, ..., N)
     baseline: float | Tensor = 0.0, # broadcasts against values; must not depend on its own sample
 ) -> Tensor:         # (*batch) mean value; its gradient at the logits is REINFORCE's
-    "Attach (f − b)(D − π), @eq-reinmax-reinforce; raise ValueError for shapes or samples with a gradient."
+    "Attach (f − b)(D − π), @eq-reinmax-reinforce; raise ValueError for shapes, samples with a gradient."
     _check_k(values, samples, logits, 1)
     if samples.requires_grad: raise ValueError("samples: needed without gradient; draw under no_grad")
+    if isinstance(baseline, Tensor): _check_baseline(baseline, values)
     score = samples - logits.detach().softmax(-1)
-    weight = (values - baseline).detach().reshape(*values.shape, *[1] * (samples.ndim - values.ndim))
+    weight = (values - baseline).detach().reshape(*values.shape,
+                                                  *[1] * (samples.ndim - values.ndim))
     return values.mean(0) + _Inject.apply(logits, (weight * score).mean(0), values.shape[1:])
 
 # %% ../nbs/04b_reinmax_family.ipynb #e0d3b387
@@ -325,13 +393,14 @@ def rloo_surrogate(
     others = (values.sum(0) - values) / (len(values) - 1)
     return reinforce_surrogate(values, samples, logits, others.detach())
 
-# %% ../nbs/04b_reinmax_family.ipynb #3e198838
+# %% ../nbs/04b_reinmax_family.ipynb #7e44951a
 class _Loo(Function):
     "k one-hot samples whose backward is ReinMax with the other samples' gradients as control variate."
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, pi, index, masked): return _one_hot(index, pi.expand(len(index), *pi.shape), x.dtype)
+    def forward(x, pi, index, masked): return _one_hot(index, pi.expand(len(index), *pi.shape),
+                                                       x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -370,7 +439,7 @@ def reinmax_loo(
     pi = _softmax(x)
     return _Loo.apply(x, pi, index, _masked(x, pi, validate)).movedim(-1, dim)
 
-# %% ../nbs/04b_reinmax_family.ipynb #c417c91d
+# %% ../nbs/04b_reinmax_family.ipynb #1c4250c6
 def debiased_surrogate(
     values: Tensor,  # (k, *batch) f at the samples, k >= 2, each from its own sample alone
     samples: Tensor, # (k, *batch, ..., N) from `reinmax` or `reinmax_loo` at τ = 1, attached
@@ -383,14 +452,14 @@ def debiased_surrogate(
     k, extra = len(values), samples.ndim - values.ndim - 1
     D, g, v = samples.detach().movedim(0, -2), g.movedim(0, -2), values.detach().movedim(0, -1)
     v = v.reshape(*v.shape[:-1], *[1] * extra, k)
-    P = g @ D.transpose(-1, -2)
+    with _exactly(g): P = g @ D.transpose(-1, -2)
     own = P.diagonal(dim1=-2, dim2=-1)
     r = v[..., :, None] - v[..., None, :] - 0.5 * (own[..., :, None] - P + P.transpose(-1, -2)
           - own[..., None, :])
     u = (D * r.sum(-1, keepdim=True)).sum(-2) / (k * (k - 1))
     return values.mean(0) + _Inject.apply(logits, u, values.shape[1:])
 
-# %% ../nbs/04b_reinmax_family.ipynb #8667c63e
+# %% ../nbs/04b_reinmax_family.ipynb #8ac3a378
 def multi_sample(
     f: Callable,     # maps (k, *batch, L, N) to (k, *batch), as in `expectation`
     logits: Tensor,  # (N,) or (*batch, L, N)
@@ -408,11 +477,20 @@ def multi_sample(
     if method in ("reinforce", "rloo"): D = reinmax(wide.detach(), generator=generator)
     elif method == "reinmax": D = reinmax(wide, generator=generator)
     else: D = reinmax_loo(logits, k, generator=generator)
-    values = _evaluate(f, D, D.shape[:-2], D.shape[:-1])
+    values = _evaluate(f, D, *[D.shape[:-2], D.shape[:-1]][logits.ndim == 1 :])
     plain = method not in surrogates or method == "debiased" and not D.requires_grad
     return values.mean(0) if plain else surrogates[method](values, D, logits)
 
-# %% ../nbs/04b_reinmax_family.ipynb #01d388c9
+# %% ../nbs/04b_reinmax_family.ipynb #c62ebc2b
+def _slope_at(
+    f, x, # function and where; inside `vmap`, `x` cannot be made a leaf
+):
+    "Return the gradient of the sum of f's values at x."
+    try: x.requires_grad_()
+    except RuntimeError: return torch.func.grad(lambda x: f(x).sum())(x)
+    return _slope(f(x), x)
+
+# %% ../nbs/04b_reinmax_family.ipynb #f7e23378
 def path_surrogate(
     f: Callable,     # maps (k, *batch, L, N) near the simplex to (k, *batch), as in `expectation`
     logits: Tensor,  # (N,) or (*batch, L, N)
@@ -426,12 +504,12 @@ def path_surrogate(
         D, other = reinmax(logits.detach().clone().expand(2, k, *logits.shape), generator=generator)
         t = torch.rand(shape, dtype=logits.dtype, device=logits.device, generator=generator)
         d = D - other
-        x = (other + t.reshape(*t.shape, *[1] * (d.ndim - t.ndim)) * d).detach().requires_grad_()
-        g = _slope(_evaluate(f, x, shape), x)
+        x = (other + t.reshape(*t.shape, *[1] * (d.ndim - t.ndim)) * d).detach()
+        g = _slope_at(lambda x: _evaluate(f, x, shape), x)
     slope = (d * g).sum(tuple(range(t.ndim, d.ndim)), keepdim=True)
     return _Inject.apply(logits, (0.5 * d * slope).mean(0), batch)
 
-# %% ../nbs/04b_reinmax_family.ipynb #4acee088
+# %% ../nbs/04b_reinmax_family.ipynb #8968cd9b
 class StraightThroughGumbelSoftmax(nn.Module):
     "Straight-through Gumbel-softmax layer; see `st_gumbel_softmax`."
     def __init__(
@@ -452,7 +530,8 @@ class StraightThroughGumbelSoftmax(nn.Module):
         generator: torch.Generator | None = None, # random source
     ) -> Tensor:        # sample
         "Sample with the gradient of @eq-reinmax-stgs."
-        return st_gumbel_softmax(logits, self.tau, hard=self.hard, dim=self.dim, generator=generator)
+        return st_gumbel_softmax(logits, self.tau, hard=self.hard, dim=self.dim,
+                                 generator=generator)
 
 # %% ../nbs/04b_reinmax_family.ipynb #7a7dce98
 class GumbelRao(_OneHotModule):
@@ -480,7 +559,7 @@ class GumbelRao(_OneHotModule):
         return gumbel_rao(logits, self.tau, k=self.k, chunk=self.chunk, dim=self.dim,
                           sample=self._mode(logits, sample), generator=generator)
 
-# %% ../nbs/04b_reinmax_family.ipynb #a3766626
+# %% ../nbs/04b_reinmax_family.ipynb #1b77ed0a
 class GappedST(_OneHotModule):
     "Gapped straight-through layer; see `gapped_st`."
     def __init__(
@@ -502,5 +581,6 @@ class GappedST(_OneHotModule):
         generator: torch.Generator | None = None, # random source
     ) -> Tensor:                 # exact one-hot
         "Sample with the gradient of gapped ST."
-        return gapped_st(logits, self.tau, gap=self.gap, dim=self.dim, sample=self._mode(logits, sample),
+        return gapped_st(logits, self.tau, gap=self.gap, dim=self.dim,
+                         sample=self._mode(logits, sample),
                          generator=generator)

@@ -7,14 +7,14 @@ __all__ = ['SAMPLERS', 'UNTEMPERED', 'MULTI', 'POLYNOMIAL_CASES', 'OPTIMIZERS', 
            'CategoricalVAE', 'train_vae', 'digits_images', 'digits_model', 'digits_vae', 'gradient_stats',
            'gradient_stats_over_training', 'evaluate_elbo', 'mnist_vae', 'listops_value', 'listops_expression',
            'gold_merges', 'listops_data', 'merge', 'TreeParser', 'masked', 'best', 'fixed', 'tree_choice',
-           'parser_logits', 'parser_accuracy', 'listops', 'Codebook', 'perplexity', 'MixedEdge', 'Cell', 'nas_data',
-           'nas_oracle', 'search_step', 'nas']
+           'parser_logits', 'parser_accuracy', 'listops', 'listops_split', 'listops_unseen', 'Codebook', 'perplexity',
+           'CodeAutoencoder', 'codebook', 'MixedEdge', 'Cell', 'nas_data', 'search_step', 'nas_oracle', 'nas']
 
-# %% ../nbs/04c_reinmax_practice.ipynb #956d026a
+# %% ../nbs/04c_reinmax_practice.ipynb #0852f9fc
 import math
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -23,10 +23,24 @@ from torch import Tensor, nn
 
 from .data import digits, mnist
 from .experiments import experiment
-from .reinmax import darn, exact_gradient, expectation, one_hot_states, reinmax, st
+from .reinmax import (_check_tau, _count, darn, exact_gradient, expectation, one_hot_states,
+                           reinmax, st)
 from .reinmax_family import (gapped_st, gradient_report, gumbel_rao, multi_sample, pathwise,
                                   reinmax_uniform_baseline, st_gumbel_softmax)
 from .training import accuracy, evaluate, fit, seeded, seeded_rng
+
+# %% ../nbs/04c_reinmax_practice.ipynb #64ab9b56
+def _checked(
+    check: Callable, # called with the same arguments first
+):
+    "Decorate a function by a check. Stored runs are dated by the function's own text, which stays."
+    def decorate(fn):
+        @wraps(fn)
+        def call(*args, **kwargs):
+            check(*args, **kwargs)
+            return fn(*args, **kwargs)
+        return call
+    return decorate
 
 # %% ../nbs/04c_reinmax_practice.ipynb #2973b0e8
 SAMPLERS = {"st": st, "reinmax": reinmax, "stgs": st_gumbel_softmax, "gr": gumbel_rao,
@@ -34,34 +48,39 @@ SAMPLERS = {"st": st, "reinmax": reinmax, "stgs": st_gumbel_softmax, "gr": gumbe
 UNTEMPERED = ("darn", "uniform")
 MULTI = ("reinforce", "rloo", "reinmax_mean", "reinmax_loo", "debiased")
 
-# %% ../nbs/04c_reinmax_practice.ipynb #a91d3677
+# %% ../nbs/04c_reinmax_practice.ipynb #40b41cf4
 def make_sampler(
     name: str,             # a key of SAMPLERS
     tau: float = 1.0,      # temperature
     k: int | None = None,  # draws of gr; None: 100
 ) -> Callable:             # logits (..., N) -> exact one-hot (..., N)
-    "Return a sampler by its name; raise ValueError for a name or an option that is unknown."
-    if name not in SAMPLERS: raise ValueError(f"name: {name!r} is not one of {', '.join(SAMPLERS)}")
+    "Return a sampler by its name; raise ValueError for a name or an option that does not fit."
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise ValueError(f"name: {name!r} is not one of {', '.join(SAMPLERS)}")
     if k is not None and name != "gr": raise ValueError(f"k: {name} does not draw k times, got {k}")
+    if k is not None: _count("k", k)
+    _check_tau(tau)
     if name in UNTEMPERED:
         if tau != 1: raise ValueError(f"tau: {name} has no temperature, got {tau}")
         return SAMPLERS[name]
     return partial(SAMPLERS[name], tau=tau, **({} if k is None else {"k": k}))
 
-# %% ../nbs/04c_reinmax_practice.ipynb #893c9e6e
 def make_estimator(
     name: str,            # a key of SAMPLERS, one of MULTI, or exact
     tau: float = 1.0,     # temperature of a sampler
     k: int | None = None, # draws of gr (None: 100), samples of MULTI (None: 4)
 ) -> Callable:            # (f, logits) -> values (*batch) to backpropagate
-    "Return an estimator of ∇E f(D) by name; raise ValueError for a name or an unknown option."
-    if name != "exact" and name not in MULTI: return pathwise(make_sampler(name, tau, k))
+    "Return an estimator of ∇E f(D) by name; raise ValueError for what does not fit."
+    if name not in ("exact", *MULTI): return pathwise(make_sampler(name, tau, k))
     if tau != 1: raise ValueError(f"tau: {name} has no temperature, got {tau}")
-    if name == "exact": return expectation
+    if name == "exact":
+        if k is not None: raise ValueError(f"k: exact draws no samples, got {k}")
+        return expectation
     method = "reinmax" if name == "reinmax_mean" else name
-    return lambda f, logits: multi_sample(f, logits, k or 4, method)
+    k = _count("k", 4 if k is None else k, 1 if method in ("reinforce", "reinmax") else 2)
+    return lambda f, logits: multi_sample(f, logits, k, method)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #e0bf707c
+# %% ../nbs/04c_reinmax_practice.ipynb #ec661659
 def polynomial_loss(
     D: Tensor,       # (..., L, 2) one-hot
     p: float,        # exponent
@@ -70,7 +89,6 @@ def polynomial_loss(
     "Return the mean over latents of |D_l1 − t|^p, @eq-rmx-polynomial."
     return (D[..., 1] - t).abs().pow(p).mean(-1)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #aa4a178f
 def polynomial_limits(
     p: float,        # exponent
     t: float = 0.45, # target
@@ -165,11 +183,10 @@ class CategoricalVAE(nn.Module):
         logits = self.logits(x)
         return estimator(lambda D: self.reconstruction(D, x), logits) + uniform_kl(logits)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #b0ba0550
+# %% ../nbs/04c_reinmax_practice.ipynb #14023bff
 OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True),
               "radam": partial(torch.optim.RAdam, foreach=True)}
 
-# %% ../nbs/04c_reinmax_practice.ipynb #8d49ac7e
 def train_vae(
     model: CategoricalVAE,      # trained in place
     x: Tensor,                  # (n, pixels)
@@ -190,12 +207,18 @@ def train_vae(
     steps = math.ceil(len(x) / 100)
     return torch.tensor(history["loss"]).reshape(-1, steps).mean(1).tolist()
 
-# %% ../nbs/04c_reinmax_practice.ipynb #fee8707d
+# %% ../nbs/04c_reinmax_practice.ipynb #dab267dc
 def digits_images() -> Tensor: # (1797, 64)
     "Return all of scikit-learn's digits, in [0, 1]."
     return digits(flat=True, n_test=0, split="ordered").x_train
 
-# %% ../nbs/04c_reinmax_practice.ipynb #96c60d96
+def _check_config(config: str, seed: int, device: str = "cpu") -> None:
+    "Raise ValueError unless `config` is like 8x4."
+    parts = config.split("x") if isinstance(config, str) else []
+    if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+        raise ValueError(f"config: expected categories x latents like '8x4', got {config!r}")
+
+@_checked(_check_config)
 def digits_model(
     config: str, # categories x latents
     seed: int,
@@ -205,17 +228,15 @@ def digits_model(
     categories, latents = map(int, config.split("x"))
     return seeded(lambda: CategoricalVAE(64, (128, 64), categories, latents), seed, device)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #9293e65a
+# %% ../nbs/04c_reinmax_practice.ipynb #a15b886a
 SWEEP = (0.25, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0, 3.0)
 DIGITS_CASES = [dict(config="8x4", estimator=e, tau=t)
                 for e in ("reinmax", "st", "stgs") for t in SWEEP]
-DIGITS_CASES += [dict(config="8x4", estimator="gst", tau=1.0),
-                 dict(config="8x4", estimator="gr", tau=0.5, k=100)]
-DIGITS_CASES += [dict(config="4x3", estimator=e, tau=t) for e, t in (
-    ("exact", 1.0), ("reinmax", 1.0), ("reinmax", 1.5), ("st", 1.0), ("stgs", 0.5), ("darn", 1.0),
-    ("uniform", 1.0))]
-DIGITS_CASES += [dict(config=c, estimator=e, tau=1.0, k=4)
-                 for c in ("8x4", "4x3") for e in MULTI[1:]]
+DIGITS_CASES += [dict(config=c, estimator=e, tau=t) | k for c, e, t, k in (
+    ("8x4", "gst", 1.0, {}), ("8x4", "gr", 0.5, {"k": 100}), ("4x3", "exact", 1.0, {}),
+    ("4x3", "reinmax", 1.0, {}), ("4x3", "reinmax", 1.5, {}), ("4x3", "st", 1.0, {}),
+    ("4x3", "stgs", 0.5, {}), ("4x3", "darn", 1.0, {}), ("4x3", "uniform", 1.0, {}),
+    *((c, e, 1.0, {"k": 4}) for c in ("8x4", "4x3") for e in MULTI[1:]))]
 
 # %% ../nbs/04c_reinmax_practice.ipynb #1396653b
 @experiment("reinmax-digits-vae", "−ELBO of categorical autoencoders on the digits",
@@ -236,13 +257,13 @@ def digits_vae(
     curve = train_vae(model, x, make_estimator(estimator, tau, k), 5 if quick else 60, seed=seed)
     return {"train": curve[-1], "curve": curve}
 
-# %% ../nbs/04c_reinmax_practice.ipynb #59d1fd86
+# %% ../nbs/04c_reinmax_practice.ipynb #aa180e49
 STATS_ESTIMATORS = {
     "st": ("st", 1.0), "st 1.5": ("st", 1.5), "stgs 0.5": ("stgs", 0.5), "stgs 1": ("stgs", 1.0),
     "reinmax": ("reinmax", 1.0), "reinmax 1.5": ("reinmax", 1.5), "gst": ("gst", 1.0),
     "gr 0.5": ("gr", 0.5), "gr 0.1": ("gr", 0.1), "darn": ("darn", 1.0),
-    "uniform": ("uniform", 1.0), "loo": ("reinmax_loo", 1.0), "debiased": ("debiased", 1.0),
-    "rloo": ("rloo", 1.0)}
+    "uniform": ("uniform", 1.0), "mean": ("reinmax_mean", 1.0), "loo": ("reinmax_loo", 1.0),
+    "debiased": ("debiased", 1.0), "rloo": ("rloo", 1.0)}
 
 def gradient_stats(
     model: CategoricalVAE,
@@ -250,25 +271,29 @@ def gradient_stats(
     names=STATS_ESTIMATORS,  # keys of STATS_ESTIMATORS
     n: int = 512,            # gradients an estimator
 ) -> dict:                   # name -> bias, raw_bias, std, cosine, n
-    "Compare estimators of the gradient at a batch's logits with enumeration, relative to its norm."
+    "Compare estimators with the enumerated gradient at a batch's logits; raise ValueError."
+    for name in names:
+        if name not in STATS_ESTIMATORS: raise ValueError(f"names: {name!r} is not known")
     logits, f = model.logits(x).detach(), lambda D: model.reconstruction(D, x)
     estimators = {name: make_estimator(*STATS_ESTIMATORS[name]) for name in names}
     return gradient_report(f, logits, estimators, n, exact_gradient(f, logits), chunk=64)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #3fc48bb4
+# %% ../nbs/04c_reinmax_practice.ipynb #89e50b80
 @experiment("reinmax-gradient-stats", "Bias, std and cosine while a digits autoencoder trains",
+            cases=[dict(trained="reinmax"), dict(trained="st")], quick=[dict(trained="reinmax")],
             uses=(CategoricalVAE, train_vae, digits_images, digits_model, gradient_stats))
 def gradient_stats_over_training(
     seed: int,           # weights, batches and samples
     device: str,         # cpu or cuda
     quick: bool = False, # epochs 0 and 1, 32 gradients in place of 512
+    trained: str = "reinmax", # estimator that trains, at τ = 1
     checkpoint=None,     # folder for the state of the training
 ) -> dict:
-    "Train by ReinMax; at epochs 0, 5, 20, 60 compare all estimators by the gradient of 20 images."
+    "At epochs 0, 5, 20, 60 of a training compare all estimators by the gradient of 20 images."
     model, x = digits_model("8x4", seed, device), digits_images().to(device)
     epochs, n, reports = (0, 1) if quick else (0, 5, 20, 60), 32 if quick else 512, []
     with tempfile.TemporaryDirectory() as folder:
-        train = partial(train_vae, model, x, make_estimator("reinmax"), seed=seed,
+        train = partial(train_vae, model, x, make_estimator(trained), seed=seed,
                         checkpoint=Path(checkpoint or folder) / "fit.pt")
         for epoch in epochs:
             if epoch: train(epoch)
@@ -328,12 +353,11 @@ def mnist_vae(
     test = evaluate_elbo(model, data.x_test.to(device))
     return {"train": curve[-1], "test": test, "curve": curve}
 
-# %% ../nbs/04c_reinmax_practice.ipynb #0b09c6bf
+# %% ../nbs/04c_reinmax_practice.ipynb #42cbf374
 OPERATORS = {"[MIN": min, "[MAX": max, "[SM": lambda v: sum(v) % 10,
              "[MED": lambda v: (sorted(v)[(len(v) - 1) // 2] + sorted(v)[len(v) // 2]) // 2}
 TOKENS = [*"0123456789", *OPERATORS, "]", "<pad>"]
 
-# %% ../nbs/04c_reinmax_practice.ipynb #f9953462
 def listops_value(
     tokens: list[str], # such as [MAX 2 9 ]
 ) -> int:              # 0 to 9
@@ -344,13 +368,13 @@ def listops_value(
         elif token == "]" and len(stack) > 1 and len(stack[-1]) > 1:
             operator, *values = stack.pop()
             stack[-1].append(OPERATORS[operator](values))
-        elif len(token) == 1 and token.isdigit(): stack[-1].append(int(token))
+        elif token in TOKENS[:10]: stack[-1].append(int(token))
         else: raise ValueError(f"tokens: {token!r} does not fit in {' '.join(tokens)}")
     if len(stack) > 1 or len(stack[0]) != 1:
         raise ValueError(f"tokens: not one whole expression: {' '.join(tokens)}")
     return stack[0][0]
 
-# %% ../nbs/04c_reinmax_practice.ipynb #cd99ca25
+# %% ../nbs/04c_reinmax_practice.ipynb #9dbd634e
 def listops_expression(
     generator: torch.Generator, # random source
     depth: int = 3,             # greatest depth
@@ -364,11 +388,11 @@ def listops_expression(
         out += listops_expression(generator, depth - 1, nested) if deeper else [str(draw(10))]
     return out + ["]"]
 
-# %% ../nbs/04c_reinmax_practice.ipynb #1485fceb
 def gold_merges(
     tokens: list[str], # an expression of T tokens
 ) -> list[int]:        # T − 1 positions
-    "Return the merges of the true tree: operators take arguments in order, then the bracket."
+    "Return the true tree's merges, operators first, then brackets; raise as `listops_value`."
+    listops_value(tokens)
     merges, stack, open_ = [], 0, []
     for token in tokens:
         stack += 1
@@ -383,7 +407,12 @@ def gold_merges(
                     stack -= 1
     return merges
 
-# %% ../nbs/04c_reinmax_practice.ipynb #df8c7cbc
+# %% ../nbs/04c_reinmax_practice.ipynb #81812d47
+def _check_listops(n: int, seed: int, max_tokens: int = 30, depth: int = 3) -> None:
+    "Raise ValueError for counts below one, and below 4 tokens, the shortest expression."
+    _count("n", n), _count("max_tokens", max_tokens, 4), _count("depth", depth)
+
+@_checked(_check_listops)
 def listops_data(
     n: int,               # expressions
     seed: int,
@@ -447,7 +476,7 @@ class TreeParser(nn.Module):
             s = torch.where((candidates > 0)[:, None, None], merge(s, parents, D), s[:, :-1])
         return self.head(s[:, 0].chunk(2, -1)[0])
 
-# %% ../nbs/04c_reinmax_practice.ipynb #a5c3d3e3
+# %% ../nbs/04c_reinmax_practice.ipynb #0bddd644
 def masked(
     scores: Tensor,     # (B, T−1)
     candidates: Tensor, # (B,) how many of them exist
@@ -456,7 +485,6 @@ def masked(
     exists = torch.arange(scores.shape[1], device=scores.device) < candidates.clamp_min(1)[:, None]
     return scores.masked_fill(~exists, -math.inf)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #9a391bea
 def best(
     scores: Tensor, # (B, T−1)
 ) -> Tensor:        # (B, T−1) one-hot
@@ -464,7 +492,6 @@ def best(
     first = (scores >= scores.amax(-1, keepdim=True) - 1e-6).int().argmax(-1)
     return F.one_hot(first, scores.shape[1]).to(scores)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #fdf15b21
 def fixed(
     position: Callable, # position(candidates, step) -> (B,) int64
 ) -> Callable:          # as TreeParser wants it
@@ -472,7 +499,14 @@ def fixed(
     return lambda scores, candidates, step: F.one_hot(
         position(candidates, step), scores.shape[1]).to(scores.dtype)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #9b8e5e24
+# %% ../nbs/04c_reinmax_practice.ipynb #0e83dc36
+def _check_tree(tree: str, tau: float = 1.0, merges: Tensor | None = None) -> None:
+    "Raise ValueError for an unknown tree, and for gold without its merges."
+    if tree not in ("right", "gold", "random", "greedy", *SAMPLERS):
+        raise ValueError(f"tree: {tree!r} is not right, gold, random, greedy or a sampler")
+    if tree == "gold" and merges is None: raise ValueError("merges: the gold tree needs them")
+
+@_checked(_check_tree)
 def tree_choice(
     tree: str,         # right, gold, random, greedy, or a key of SAMPLERS
     tau: float = 1.0,  # temperature of a sampler
@@ -486,7 +520,12 @@ def tree_choice(
     sampler = make_sampler(tree, tau)
     return lambda s, candidates, _: sampler(masked(s, candidates))
 
-# %% ../nbs/04c_reinmax_practice.ipynb #a1b4824d
+# %% ../nbs/04c_reinmax_practice.ipynb #b0980b9b
+def _check_batch(model, data: tuple, tree: str, tau: float = 1.0) -> None:
+    "Raise ValueError for an empty batch."
+    if not len(data[0]): raise ValueError("data: an empty batch")
+
+@_checked(_check_batch)
 def parser_logits(
     model: TreeParser,
     data: tuple,         # a batch of `listops_data`
@@ -509,7 +548,6 @@ def parser_accuracy(
     parts = zip(*(t.split(250) for t in data))
     return accuracy(torch.cat([parser_logits(model, p, tree) for p in parts]), data[2])
 
-# %% ../nbs/04c_reinmax_practice.ipynb #aeff5955
 LISTOPS_CASES = [dict(tree="st", tau=1.0), dict(tree="reinmax", tau=1.1),
                  dict(tree="stgs", tau=1.0), *(dict(tree=t) for t in ("random", "right", "gold"))]
 LISTOPS_PARTS = (listops_data, listops_expression, TreeParser, merge, masked, best, fixed,
@@ -547,7 +585,51 @@ def listops(
     return {"train_accuracy": score[0], "test_accuracy": score[1], "test_sampled": score[2],
             "majority": majority, "curve": curve}
 
-# %% ../nbs/04c_reinmax_practice.ipynb #0cd79078
+# %% ../nbs/04c_reinmax_practice.ipynb #5e7de838
+def listops_split(
+    n_train: int, n_test: int, # expressions
+    seed: int,                 # of the training expressions
+) -> tuple:                    # training and test data as from `listops_data`
+    "Draw both parts; a test expression occurs once, and not in training."
+    train, pool = listops_data(n_train, seed + 1), listops_data(3 * n_test, 0)
+    seen, keep = set(map(tuple, train[0].tolist())), []
+    for i, row in enumerate(map(tuple, pool[0].tolist())):
+        if row not in seen: keep.append(i)
+        seen.add(row)
+    if len(keep) < n_test: raise ValueError(f"n_test: only {len(keep)} expressions are new")
+    chosen = torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:n_test]
+    index = torch.tensor(keep)[chosen.sort().values]
+    return train, tuple(v[index] for v in pool)
+
+# %% ../nbs/04c_reinmax_practice.ipynb #a2f20316
+@experiment("reinmax-listops-unseen",
+            "Latent trees, tested on expressions that are not in training",
+            LISTOPS_CASES, LISTOPS_CASES[1:3], (*LISTOPS_PARTS, listops_split))
+def listops_unseen(
+    seed: int,            # training expressions, initial weights, batches and samples
+    device: str,          # cpu or cuda
+    quick: bool = False,  # 640 expressions, 10 updates in place of 1000
+    tree: str = "reinmax", # as for `tree_choice`
+    tau: float = 1.0,     # temperature of a sampler
+) -> dict:
+    "Train a parser as `reinmax-listops` does; return its accuracy on unseen expressions."
+    parts = listops_split(640 if quick else 12800, 500 if quick else 2000, seed)
+    train, test = ([t.to(device) for t in part] for part in parts)
+    model = seeded(TreeParser, seed, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    with seeded_rng(seed):
+        for step in range(10 if quick else 1000):
+            start = int(torch.randint(len(train[0]) // 64, ())) * 64
+            batch = [t[start : start + 64] for t in train]
+            loss = F.cross_entropy(parser_logits(model, batch, tree, tau), batch[2])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+        score = parser_accuracy(model, test, "greedy" if tree in SAMPLERS else tree)
+    return {"test_accuracy": score, "majority": test[2].bincount().max() / len(test[2])}
+
+# %% ../nbs/04c_reinmax_practice.ipynb #5bcde59e
 class Codebook(nn.Module):
     "Quantiser: the nearer a code to the input, the likelier it is drawn."
     def __init__(
@@ -556,29 +638,82 @@ class Codebook(nn.Module):
         dim: int,               # width of a code
         name: str = "reinmax",  # a key of SAMPLERS
         tau: float = 1.0,       # temperature
+        scale: float = 1.0,     # of the squared distances; 1/dim keeps logits moderate
     ):
         super().__init__()
-        self.codes = nn.Parameter(torch.randn(codes, dim))
-        self.sampler = make_sampler(name, tau)
+        self.codes = nn.Parameter(torch.randn(_count("codes", codes), _count("dim", dim)))
+        self.sampler, self.name, self.tau, self.scale = make_sampler(name, tau), name, tau, scale
+
+    def extra_repr(self): return f"{tuple(self.codes.shape)}, {self.name}, tau={self.tau}"
 
     def forward(
         self,
         x: Tensor,                  # (..., dim)
     ) -> tuple[Tensor, Tensor]:     # codes (..., dim), one-hot choices (..., N)
-        "Draw D with logits −‖x − code‖² and return D @ codes, @eq-rmx-vq."
-        logits = -(x[..., None, :] - self.codes).square().sum(-1)
+        "Draw D by logits −scale·‖x − code‖², return D @ codes, @eq-rmx-vq; raise ValueError."
+        if x.shape[-1] != self.codes.shape[1]:
+            raise ValueError(f"x: expected width {self.codes.shape[1]}, got {tuple(x.shape)}")
+        logits = -self.scale * (x[..., None, :] - self.codes).square().sum(-1)
         D = self.sampler(logits)
         return D @ self.codes, D
 
-# %% ../nbs/04c_reinmax_practice.ipynb #b43f8348
+# %% ../nbs/04c_reinmax_practice.ipynb #6de1e3ed
 def perplexity(
-    D: Tensor, # (..., N) one-hot choices
+    D: Tensor, # (..., N) one-hot choices, at least one
 ) -> float:    # between 1 and N
-    "Return exp of the entropy of the codes' frequencies, the number of codes in even use."
-    p = D.detach().flatten(0, -2).mean(0)
+    "Return exp of the frequencies' entropy, the codes in even use; raise ValueError for no D."
+    if D.ndim == 0 or D.numel() == 0: raise ValueError(f"D: no choices in {tuple(D.shape)}")
+    p = D.detach().double().reshape(-1, D.shape[-1]).mean(0)
     return torch.special.entr(p).sum().exp().item()
 
-# %% ../nbs/04c_reinmax_practice.ipynb #e7fc9f36
+class CodeAutoencoder(nn.Module):
+    "Autoencoder of the digits through `tokens` codes of a common book."
+    def __init__(
+        self,
+        book: Codebook,
+        tokens: int = 4, # codes an image
+    ):
+        super().__init__()
+        dim, self.book = book.codes.shape[1], book
+        self.encoder, self.decoder = mlp(64, 128, tokens * dim), mlp(tokens * dim, 128, 64)
+        self.tokens = tokens
+
+    def forward(self, x: Tensor, nearest: bool = False) -> tuple[Tensor, Tensor]:
+        "Return −log p(x|z) (B,) and the choices D, sampled or the nearest codes; x (B, 64)."
+        e = self.encoder(x).unflatten(-1, (self.tokens, -1))
+        if nearest:
+            D = F.one_hot(torch.cdist(e, self.book.codes).argmin(-1), len(self.book.codes)).to(x)
+            z = D @ self.book.codes
+        else: z, D = self.book(e)
+        out = self.decoder(z.flatten(1))
+        return F.binary_cross_entropy_with_logits(out, x, reduction="none").sum(-1), D
+
+# %% ../nbs/04c_reinmax_practice.ipynb #4cfb6080
+@experiment("reinmax-codebook", "Digits through 4 codes from a book of 64",
+            cases=[dict(estimator=e, tau=t) for e in ("reinmax", "st") for t in (1.0, 1.5)]
+            + [dict(estimator="stgs", tau=1.0)], quick=[dict(estimator="reinmax")],
+            uses=(Codebook, CodeAutoencoder, perplexity, digits_images))
+def codebook(
+    seed: int,           # initial weights, batches and samples
+    device: str,         # cpu or cuda
+    quick: bool = False, # 30 steps in place of 300
+    estimator: str = "reinmax", # a key of SAMPLERS
+    tau: float = 1.0,    # temperature
+) -> dict:
+    "Train with Adam at 2e-3; return the loss with the nearest codes, codes in use and perplexity."
+    images = digits_images().to(device)
+    model = seeded(lambda: CodeAutoencoder(Codebook(64, 4, estimator, tau)), seed, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
+    with seeded_rng(seed):
+        for _ in range(30 if quick else 300):
+            loss = model(images[torch.randint(len(images), (128,))])[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad(): loss, D = model(images, nearest=True)
+    return {"loss": loss.mean(), "used": (D.sum((0, 1)) > 0).sum(), "perplexity": perplexity(D)}
+
+# %% ../nbs/04c_reinmax_practice.ipynb #901b0e0d
 class MixedEdge(nn.Module):
     "Candidate operations between two nodes of a cell: nothing, identity, 3 × 3 mean, convolution."
     def __init__(
@@ -594,7 +729,26 @@ class MixedEdge(nn.Module):
         results = torch.stack([torch.zeros_like(x), x, mean, self.convolution(x).relu()])
         return torch.tensordot(choice, results, 1)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #fab444ea
+def _complete(cls):
+    "Make a cell's `choice` a buffer, and let it refuse a choice of another shape."
+    init, forward = cls.__init__, cls.forward
+
+    @wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.register_buffer("choice", self.__dict__.pop("choice"))
+
+    @wraps(forward)
+    def checked(self, x, choice=None):
+        if choice is not None and choice.shape != self.choice.shape:
+            got, allowed = tuple(choice.shape), tuple(self.choice.shape)
+            raise ValueError(f"choice: expected shape {allowed}, got {got}")
+        return forward(self, x, choice)
+    cls.__init__, cls.forward = __init__, checked
+    return cls
+
+# %% ../nbs/04c_reinmax_practice.ipynb #b6888731
+@_complete
 class Cell(nn.Module):
     "Classifier of digits with three edges, 0→1, 0→2 and 1→2, each one of four operations."
     def __init__(
@@ -615,7 +769,6 @@ class Cell(nn.Module):
         two = self.edges[1](zero, c[1]) + self.edges[2](one, c[2])
         return self.head(F.adaptive_avg_pool2d(two, 2).flatten(1))
 
-# %% ../nbs/04c_reinmax_practice.ipynb #0d8ef992
 ARCHITECTURES = one_hot_states(3, 4, torch.float32) # (64, 3, 4)
 
 def nas_data(
@@ -624,7 +777,20 @@ def nas_data(
     "Return 1,077 digits for the weights, 360 for the architecture and 360 for the test."
     return digits(n_val=360, seed=seed)
 
-# %% ../nbs/04c_reinmax_practice.ipynb #535c92e7
+# %% ../nbs/04c_reinmax_practice.ipynb #e8219f78
+def search_step(
+    model: Cell,
+    theta: Tensor,      # (3, 4) logits of the architecture
+    optimizer,          # of the weights, or of theta
+    sampler: Callable,  # from `make_sampler`
+    x: Tensor, y: Tensor, # a batch
+) -> None:
+    "Take one step on the loss under a sampled architecture."
+    loss = F.cross_entropy(model(x, sampler(theta)), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
 @experiment("reinmax-nas-oracle", "Test accuracy of each of the 64 architectures, trained alone",
             uses=(MixedEdge, Cell, nas_data))
 def nas_oracle(
@@ -641,20 +807,6 @@ def nas_oracle(
             seed=seed, metrics=lambda m: {})
         out.append(evaluate(model, data.x_test, data.y_test)["accuracy"])
     return {"accuracy": out, "best": max(out)}
-
-# %% ../nbs/04c_reinmax_practice.ipynb #e444c98b
-def search_step(
-    model: Cell,
-    theta: Tensor,      # (3, 4) logits of the architecture
-    optimizer,          # of the weights, or of theta
-    sampler: Callable,  # from `make_sampler`
-    x: Tensor, y: Tensor, # a batch
-) -> None:
-    "Take one step on the loss under a sampled architecture."
-    loss = F.cross_entropy(model(x, sampler(theta)), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 # %% ../nbs/04c_reinmax_practice.ipynb #1d6d55f7
 @experiment("reinmax-nas", "Architectures found by sampling one operation an edge",

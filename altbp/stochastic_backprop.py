@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #464cf2f2
+# %% ../nbs/05a_stochastic_backprop.ipynb #a8535ab5
 def _check_ratio(
     keep_ratio, # share of positions to keep
 ):
@@ -50,17 +50,30 @@ def _check_size(
     if not size or min(size) < 1: raise ValueError(f"size: expected positive integers, got {size}")
     return size
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #d3248d0f
 def _phases(
     keep_ratio, # share of positions to keep
 ):
     "Return the grid's period s, and whether it keeps one of the s phases (else it drops one)."
     r = _check_ratio(keep_ratio)
-    if r == 1: return 1, True
-    if r > 0.5: return round(1 / (1 - r)), False
+    if 0.5 < r < 1: return round(1 / (1 - r)), False
     return round(min(1 / r, 1e9)), True # no size is larger, and 1 / r may overflow
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #cb38569f
+# %% ../nbs/05a_stochastic_backprop.ipynb #daf5f3d1
+@functools.cache
+def spread_lattice(
+    s: int, # period: one of s positions is kept
+) -> tuple[int, int]: # (1, b)
+    "Return the (1, b) whose positions i + b·j ≡ t (mod s) are farthest apart; the smallest b."
+    if isinstance(s, bool) or not isinstance(s, int) or s < 1:
+        raise ValueError(f"s: expected an integer >= 1, got {s!r}")
+    reach = math.isqrt(2 * s) + 2 # no lattice of this density has a longer shortest vector
+    def apart(b):
+        "Least squared distance of two kept positions: the nearest row, j columns away."
+        rows = ((b * j + s // 2) % s - s // 2 for j in range(1, reach))
+        return min(s**2, *(i**2 + j**2 for j, i in enumerate(rows, 1)))
+    return 1, max(range(1, max(1, s // 2) + 1), key=lambda b: (apart(b), -b)) # s - b mirrors b
+
+# %% ../nbs/05a_stochastic_backprop.ipynb #7b559f69
 def _check_grid(
     size, keep_ratio, strict, # as in `grid_mask`
 ):
@@ -72,22 +85,6 @@ def _check_grid(
     if strict: raise ValueError(f"{text}; ask for that, or pass strict=False")
     warnings.warn(text, stacklevel=3)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #84aa5ad9
-@functools.cache
-def spread_lattice(
-    s: int, # period: one of s positions is kept
-) -> tuple[int, int]: # (1, b)
-    "Return the (1, b) whose positions i + b·j ≡ t (mod s) are farthest apart; the smallest b."
-    if isinstance(s, bool) or not isinstance(s, int) or s < 1:
-        raise ValueError(f"s: expected an integer >= 1, got {s!r}")
-    reach = math.isqrt(2 * s) + 1 # no lattice of this density has a longer shortest vector
-    def apart(b):
-        "Least squared distance of two kept positions."
-        return min(i**2 + j**2 for i in range(-reach, reach + 1) for j in range(reach + 1)
-                   if (i + b * j) % s == 0 and (i, j) != (0, 0))
-    return 1, max(range(1, s + 1), key=lambda b: (apart(b), -b))
-
-# %% ../nbs/05a_stochastic_backprop.ipynb #de44d9bd
 def _classes(
     size, s, lattice, # as in `grid_mask`
 ):
@@ -102,7 +99,7 @@ def _classes(
     axes = [a * torch.arange(n) for a, n in zip(steps, size)]
     return sum(torch.meshgrid(*axes, indexing="ij")) % s
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #efb2d002
+# %% ../nbs/05a_stochastic_backprop.ipynb #d130ad76
 def grid_mask(
     size: int | tuple[int, ...], # (H, W), or N for a sequence
     keep_ratio: float,           # 1/s or 1 - 1/s
@@ -117,8 +114,9 @@ def grid_mask(
     Raise ValueError for a ratio, lattice or start that does not fit, or too small a grid."""
     size, (s, keeps) = _check_size(size), _phases(keep_ratio)
     _check_grid(size, keep_ratio, strict)
-    classes = _classes(size, s, lattice)
-    if keeps and len(classes.unique()) < s:
+    fits = not keeps or s <= math.prod(size) # else search for no lattice of a huge period
+    classes = _classes(size, s, lattice) if fits else None
+    if not fits or len(classes.unique()) < (s if keeps else 2):
         raise ValueError(f"keep_ratio: a grid of period {s} leaves {size} without a kept position")
     if start is None: start = int(torch.randint(s, (), generator=generator))
     elif start not in range(s): raise ValueError(f"start: expected 0 to {s - 1}, got {start!r}")
@@ -176,7 +174,7 @@ def keep_probability(
     if mask == "random": return max(1, round(r * N)) / N
     return r / -math.expm1(N * math.log1p(-r)) if r < 1 else 1.0
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #90e555c3
+# %% ../nbs/05a_stochastic_backprop.ipynb #00ec98dc
 def upsample_mask(
     mask: Tensor,                # bool, (H, W) or (N,)
     size: int | tuple[int, ...], # integer multiples of the mask's
@@ -185,7 +183,7 @@ def upsample_mask(
     size = _check_size(size)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
-    if len(size) != mask.ndim or any(n % m for n, m in zip(size, mask.shape)):
+    if len(size) != mask.ndim or any(m < 1 or n % m for n, m in zip(size, mask.shape)):
         raise ValueError(f"size: {size} is no integer multiple of the mask's {tuple(mask.shape)}")
     for d, n in enumerate(size): mask = mask.repeat_interleave(n // mask.shape[d], d)
     return mask
@@ -207,20 +205,27 @@ class KeepSet(NamedTuple):
         prob = self.prob.to(device) if wide else self.prob
         return KeepSet(*(t.to(device) for t in self[:3]), prob)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #dc744efd
+# %% ../nbs/05a_stochastic_backprop.ipynb #c8b6c072
+def _check_prefix(
+    n_prefix, # number of tokens in front
+):
+    "Raise ValueError unless it is an integer, zero or more."
+    if isinstance(n_prefix, bool) or not isinstance(n_prefix, int) or n_prefix < 0:
+        raise ValueError(f"n_prefix: expected an integer >= 0, got {n_prefix!r}")
+
 def _prob(
     prob, mask, # as in `keep_set`
 ):
     "Return the probability of each position, (N,); raise ValueError unless all are in (0, 1]."
     if prob is None: prob = mask.double().mean() if mask.any() else 1.0
-    prob = torch.as_tensor(prob, dtype=torch.float64, device=mask.device)
+    prob = torch.as_tensor(prob, dtype=torch.float64, device=mask.device).detach()
     if prob.ndim and prob.shape != mask.shape:
         want = f"a number or shape {tuple(mask.shape)}"
         raise ValueError(f"prob: expected {want}, got {tuple(prob.shape)}")
     if not ((prob > 0) & (prob <= 1)).all(): raise ValueError("prob: expected values in (0, 1]")
     return prob.expand(mask.shape).flatten()
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #e52fc79b
+# %% ../nbs/05a_stochastic_backprop.ipynb #359864de
 def keep_set(
     mask: Tensor,      # bool, any shape, read row by row as positions
     *,
@@ -231,8 +236,7 @@ def keep_set(
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool: raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
-    if isinstance(n_prefix, bool) or not isinstance(n_prefix, int) or n_prefix < 0:
-        raise ValueError(f"n_prefix: expected an integer >= 0, got {n_prefix!r}")
+    _check_prefix(n_prefix)
     prob, front = _prob(prob, mask), mask.new_ones(n_prefix)
     flat = torch.cat([front, mask.flatten()])
     keep, drop = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
@@ -240,7 +244,7 @@ def keep_set(
     prob = torch.cat([prob.new_ones(n_prefix), prob])[keep]
     return KeepSet(keep, drop, torch.cat([keep, drop]).argsort(), prob)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #7f8ddcff
+# %% ../nbs/05a_stochastic_backprop.ipynb #d2f5febe
 class _KeptLinear(Function):
     "y = x Wᵀ + b for all positions; δW, δb and δx from the kept ones, @eq-sbp-linear."
     generate_vmap_rule = True
@@ -250,19 +254,20 @@ class _KeptLinear(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, x_keep, W, ctx.b, keep, weight = inputs
-        ctx.b = ctx.b is not None
-        ctx.save_for_backward(x_keep, W, keep, weight)
+        _, x_keep, W, b, keep, weight = inputs
+        ctx.save_for_backward(x_keep if ctx.needs_input_grad[2] else None, W, keep, weight)
 
     @staticmethod
     def backward(ctx, g):
         x, W, keep, weight = ctx.saved_tensors
         g = g.index_select(-2, keep)
         if weight is not None: g = g * _column(weight, g, -2)
-        flat = g.flatten(0, -2)
-        return None, g @ W, flat.mT @ x.flatten(0, -2), flat.sum(0) if ctx.b else None, None, None
+        flat, (_, below, learns, shifts, *_) = g.flatten(0, -2), ctx.needs_input_grad
+        dx = g @ W.conj() if below else None
+        dW = flat.mT @ x.flatten(0, -2).conj() if learns else None
+        return None, dx, dW, flat.sum(0) if shifts else None, None, None
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #5d9a24dd
+# %% ../nbs/05a_stochastic_backprop.ipynb #0c433596
 def _column(
     weight, # (n,) one for each position
     x, dim, # a tensor and its dimension of positions
@@ -277,7 +282,6 @@ def _merge(
     "Put kept and dropped positions back into order; autograd keeps nothing but the index."
     return torch.cat([kept, rest], dim).index_select(dim, ks.inverse)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #c9b67c0f
 def _dims(
     x, dim, # as in `sbp_apply`
 ):
@@ -290,7 +294,7 @@ def _dims(
         raise ValueError(f"dim: {dim} is no dimension, or adjacent pair, of shape {tuple(x.shape)}")
     return dims
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #31e4e9ae
+# %% ../nbs/05a_stochastic_backprop.ipynb #83678ca6
 def _check_positions(
     N,  # number of positions
     ks, # keep set
@@ -301,14 +305,14 @@ def _check_positions(
     if len(ks.inverse) != N:
         raise ValueError(f"ks: is for {len(ks.inverse)} positions, but there are {N}")
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #9124243d
 def _autocast(
     *tensors, # or None
 ):
-    "Cast tensors as autocast would do for a matrix product."
+    "Cast tensors as autocast would do for a matrix product: all but float64."
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind): return tensors
-    return [None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    wide = lambda t: t is None or t.dtype == torch.float64 or not t.is_floating_point()
+    return [t if not on or wide(t) else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 
 # %% ../nbs/05a_stochastic_backprop.ipynb #8c13adcb
 def sbp_linear(
@@ -343,7 +347,7 @@ class _ScaleGrad(Function):
         weight, = ctx.saved_tensors
         return g * weight.to(g.dtype), None
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #9b64b2d3
+# %% ../nbs/05a_stochastic_backprop.ipynb #e14e1379
 def _check_fn(
     fn, impl, # as in `sbp_apply`
 ):
@@ -351,8 +355,9 @@ def _check_fn(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     for m in fn.modules() if isinstance(fn, nn.Module) and impl != "hook" else ():
-        mixes = isinstance(m, (_NormBase, nn.GroupNorm, nn.MultiheadAttention))
-        if mixes or isinstance(m, _ConvNd) and any(k != 1 for k in m.kernel_size):
+        mixes = isinstance(m, (_NormBase, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase))
+        pools = any(c.__module__ == "torch.nn.modules.pooling" for c in type(m).__mro__)
+        if mixes or pools or isinstance(m, _ConvNd) and any(k != 1 for k in m.kernel_size):
             name = type(m).__name__
             raise TypeError(f"fn: {name} mixes positions; keep it outside, or use impl='hook'")
 
@@ -365,7 +370,7 @@ def _split(
         got = tuple(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
         raise ValueError(f"fn: not position-wise, maps {len(ks.keep)} positions to {got}")
     if weight is not None: kept = _ScaleGrad.apply(kept, _column(weight, kept, dim))
-    if len(ks.drop) == 0: return kept
+    if len(ks.drop) == 0: return kept if weight is None else kept.clone() # no view of a Function
     with torch.no_grad(): rest = fn(x.index_select(dim, ks.drop))
     return _merge(kept, rest, ks, dim)
 
@@ -382,7 +387,7 @@ def _hook(
     shape = [n if d in dims else 1 for d, n in enumerate(y.shape)]
     return _ScaleGrad.apply(y, full.reshape(shape)).clone() # not a view: users may write into it
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #30fcc1c0
+# %% ../nbs/05a_stochastic_backprop.ipynb #8ef47bc6
 IMPLEMENTATIONS = ("split", "recompute", "hook")
 
 def sbp_apply(
@@ -407,7 +412,7 @@ def sbp_apply(
     run = fn if impl == "split" else functools.partial(checkpoint, fn, use_reentrant=False)
     if len(dims) == 1: return _split(run, x, ks, dims[0], weight)
     line = _split(run, x.flatten(*dims).unsqueeze(dims[1]), ks, dims[0], weight)
-    return line.squeeze(dims[1]).unflatten(dims[0], [x.shape[d] for d in dims])
+    return line.flatten(*dims).unflatten(dims[0], [x.shape[d] for d in dims])
 
 # %% ../nbs/05a_stochastic_backprop.ipynb #9dd17507
 def _attend(
@@ -418,7 +423,7 @@ def _attend(
     if fused: return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return (q @ k.mT * scale).softmax(-1) @ v
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #573bc988
+# %% ../nbs/05a_stochastic_backprop.ipynb #e07f4e16
 def _keys(
     k, v, ks, mode, # as in `sbp_attention`
 ):
@@ -430,7 +435,6 @@ def _keys(
     rest = [take(t.detach(), ks.drop) for t in (k, v)]
     return [_merge(a, b, ks, -2) for a, b in zip(kept, rest)]
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #50f09be0
 def _check_attention(
     q, k, v, ks, mode, rescale, # as in `sbp_attention`
 ):
@@ -443,7 +447,7 @@ def _check_attention(
         raise ValueError(f"rescale: mode {mode!r} is biased at any scale; use 'query' or 'head'")
     _check_positions(q.shape[-3 if mode == "head" else -2], ks)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #42d11344
+# %% ../nbs/05a_stochastic_backprop.ipynb #8499c4cf
 MODES = ("query", "query_detach_kv", "qkv", "head")
 
 def sbp_attention(
@@ -467,7 +471,7 @@ def sbp_attention(
     dim = -3 if mode == "head" else -2
     kept = attend(q.index_select(dim, ks.keep), *_keys(k, v, ks, mode))
     if rescale: kept = _ScaleGrad.apply(kept, _column(1 / ks.prob, kept, dim))
-    if len(ks.drop) == 0: return kept
+    if len(ks.drop) == 0: return kept.clone() # no view of a Function: users may write into it
     with torch.no_grad():
         if mode == "head": k, v = (t.index_select(dim, ks.drop) for t in (k, v))
         rest = attend(q.index_select(dim, ks.drop), k, v)
@@ -483,7 +487,7 @@ def _spread(
     full = rows.new_zeros(*rows.shape[:-1], math.prod(size))
     return full.index_copy(-1, keep, rows).unflatten(-1, size)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #36d846c5
+# %% ../nbs/05a_stochastic_backprop.ipynb #05024787
 class _KeptConv(Function):
     "A convolution whose backward uses m ⊙ δy, m ⊙ x for δW, or both."
     @staticmethod
@@ -491,7 +495,7 @@ class _KeptConv(Function):
         y = F.conv2d(x, W, b, *options)
         for t in {"output": (y,), "input": (x,), "both": (x, y)}[mode]:
             _check_positions(math.prod(t.shape[-2:]), ks)
-        ctx.size, ctx.mode, ctx.options, ctx.bias = x.shape[-2:], mode, options, b is not None
+        ctx.size, ctx.mode, ctx.options = x.shape[-2:], mode, options
         saved = x if mode == "output" else x.flatten(-2).index_select(-1, ks.keep)
         ctx.save_for_backward(saved, W, ks.keep, weight)
         return y
@@ -507,10 +511,10 @@ class _KeptConv(Function):
         stride, padding, dilation, groups = ctx.options
         backward = torch.ops.aten.convolution_backward
         grads = backward(g, x, W, [len(W)], stride, padding, dilation, False, [0, 0], groups,
-                         [True, True, ctx.bias])
-        return *grads[:2], grads[2] if ctx.bias else None, None, None, None, None
+                         list(ctx.needs_input_grad[:3]))
+        return *grads, None, None, None, None
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #1743db0d
+# %% ../nbs/05a_stochastic_backprop.ipynb #8a2812f0
 CONV_MODES = ("output", "input", "both")
 
 def sbp_conv2d(
@@ -525,22 +529,22 @@ def sbp_conv2d(
 ) -> Tensor:             # bitwise F.conv2d
     """A convolution with a masked backward pass, for study; @sec-sbp-conv says why it stays dense.
 
-    Raise ValueError for an unknown mode, a keep set of another size, or rescale in mode "both"."""
+    Raise ValueError for what does not fit: mode, shape, size, or rescale in mode "both"."""
     if mode not in CONV_MODES:
         raise ValueError(f"mode: {mode!r} is not one of {', '.join(CONV_MODES)}")
     if rescale and mode == "both":
         raise ValueError("rescale: mode 'both' is biased tap by tap, at any scale")
+    if x.ndim != 4: raise ValueError(f"x: expected (B, C, H, W), got shape {tuple(x.shape)}")
     pair = lambda name, v: list(_integers(name, v if hasattr(v, "__iter__") else (v, v)))
     options = pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups
     x, weight, bias = _autocast(x, weight, bias)
     return _KeptConv.apply(x, weight, bias, ks, mode, 1 / ks.prob if rescale else None, options)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #087ce872
+# %% ../nbs/05a_stochastic_backprop.ipynb #a19c9298
 def _rank():
     "Return the rank of this process in torch.distributed, 0 without it."
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #4305bc7b
 class _OwnGenerator:
     "A random generator that is seeded when first used, copied, pickled and saved with its owner."
     def _random(self):
@@ -551,23 +555,27 @@ class _OwnGenerator:
         return self.generator
 
     def state_dict(self) -> dict:
-        "Return the generator's state, for a checkpoint."
-        return {"generator": self._random().get_state()}
+        "Return the generator's state and whose it is, for a checkpoint."
+        return {"generator": self._random().get_state(), "rank": _rank()}
 
     def load_state_dict(
         self,
         state: dict, # from `state_dict`
     ) -> None:
-        "Continue with the masks that would have come next."
-        self._random().set_state(state["generator"])
+        "Continue with the masks that would have come next; apart from them on another rank."
+        generator, rank = self._random(), _rank()
+        generator.set_state(state["generator"])
+        if self.ranked and state.get("rank", rank) != rank:
+            seed = int(torch.randint(2**31, (), generator=generator))
+            generator.manual_seed((seed + 1_000_003 * rank) % 2**32)
 
     def __getstate__(self):
-        return dict(vars(self), generator=self._random().get_state(), masks=None, sets={})
+        return dict(vars(self), generator=self.generator and self.state_dict(), masks=None, sets={})
 
     def __setstate__(self, state):
-        vars(self).update(state)
-        self.generator = torch.Generator()
-        self.generator.set_state(state["generator"])
+        own = state["generator"] # None before the first use: then the rank is not yet asked for
+        vars(self).update(state, generator=own and torch.Generator())
+        if own: self.load_state_dict(own)
 
 # %% ../nbs/05a_stochastic_backprop.ipynb #ba2b6514
 class _Passes(_OwnGenerator):
@@ -591,7 +599,7 @@ class _Passes(_OwnGenerator):
         "Refresh before every forward pass of a model; return the handle that undoes it."
         return model.register_forward_pre_hook(self._begin)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #a15caa78
+# %% ../nbs/05a_stochastic_backprop.ipynb #77f8bb84
 def _check_source(
     mask, generator, options, # as in `MaskSource`
 ):
@@ -601,6 +609,21 @@ def _check_source(
     if unknown: raise TypeError(f"options: a source of {mask} masks has no {', '.join(unknown)}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator: expected one on the CPU, got one on {generator.device}")
+
+def _check_module(
+    fn, source, dim, size, n_prefix, # as in `SBP`
+):
+    "Raise TypeError or ValueError for arguments without a meaning; return the size as a tuple."
+    if not isinstance(source, MaskSource):
+        raise TypeError(f"source: expected a MaskSource, got {type(source).__name__}")
+    if not isinstance(fn, nn.Module) or any(isinstance(m, SBP) for m in fn.modules()):
+        raise TypeError(f"fn: expected a module without SBP inside, got {type(fn).__name__}")
+    _check_prefix(n_prefix)
+    if n_prefix and size is None and len(_integers("dim", dim)) > 1:
+        raise ValueError("n_prefix: tokens in front need a single dimension of positions")
+    return None if size is None else _check_size(size)
 
 # %% ../nbs/05a_stochastic_backprop.ipynb #6aa659a7
 def _draw(
@@ -622,7 +645,7 @@ def _draw(
         source.sets[place] = ks.to(device)
     return source.sets[place]
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #f1143928
+# %% ../nbs/05a_stochastic_backprop.ipynb #d1e6916b
 class MaskSource(_Passes):
     """Keep sets from an own generator: one mask that all operations share, or one for each.
 
@@ -642,6 +665,7 @@ class MaskSource(_Passes):
         self.keep_ratio, self.mask, self.shared = _check_ratio(keep_ratio), mask, shared
         self.base, self.seed = None if base is None else _check_size(base), operator.index(seed)
         self.generator, self.options, self.masks, self.sets = generator, options, None, {}
+        self.ranked = generator is None
 
     @torch.compiler.disable
     def draw(
@@ -655,7 +679,7 @@ class MaskSource(_Passes):
         "Return the current keep set, the same until `refresh`: a checkpointed block sees it again."
         return _draw(self, size, n_prefix, device, key)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #500c70fa
+# %% ../nbs/05a_stochastic_backprop.ipynb #24612cc8
 class SBP(nn.Module):
     "Back-propagate the kept positions of a position-wise module in training; in eval() call it."
     def __init__(
@@ -670,11 +694,10 @@ class SBP(nn.Module):
         impl: str = "split",   # as in `sbp_apply`
     ):
         super().__init__()
+        self.size = _check_module(fn, source, dim, size, n_prefix)
         _check_fn(fn, impl)
-        if not isinstance(source, MaskSource):
-            raise TypeError(f"source: expected a MaskSource, got {type(source).__name__}")
         self.fn, self.source, self.options = fn, source, dict(dim=dim, rescale=rescale, impl=impl)
-        self.size, self.n_prefix = size, n_prefix
+        self.n_prefix = n_prefix
 
     def extra_repr(self): return f"{self.source}, {self.options}, n_prefix={self.n_prefix}"
 

@@ -840,3 +840,121 @@ def test_without_gradients(mode):
     for a, b in zip(inside, outside):
         assert torch.equal(a, b)
     assert torch.equal(F.multi_sample(joint, x, 3, "debiased", gen(1)), joint(R.reinmax(x.expand(3, 2, 3), generator=gen(1))).mean(0))
+
+
+# What a second review found ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("f", [F.st_gumbel_softmax, F.gumbel_rao, F.gapped_st])
+def test_temperature_may_not_vary_along_the_categories(f):
+    x, steps = torch.zeros(2, 3), torch.tensor([0.5, 1.0, 2.0])
+    with pytest.raises(ValueError, match="tau.*categor"): f(x, steps)
+    with pytest.raises(ValueError, match="tau.*categor"): f(x.T, steps[:, None], dim=0)
+    for good in (steps[:2, None], torch.full((2, 3), 0.7), torch.tensor(0.7)):
+        assert (f(x, good).sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("method", ["reinforce", "rloo", "reinmax", "reinmax_loo", "debiased"])
+def test_surrogates_under_vmap(method):
+    x, w = normal(5, 2, 3), normal(6, seed=1)
+    f = lambda D: (2 * D.flatten(-2) @ w).tanh()
+    one = lambda row: F.multi_sample(f, row, 3, method)
+    values = torch.func.vmap(one, randomness="different")(x)
+    assert values.shape == (5,) and len(values.unique()) > 1
+    rows = torch.func.vmap(torch.func.grad(one), randomness="different")(x.expand(20_000, 5, 2, 3).reshape(-1, 2, 3))
+    rows = rows.reshape(20_000, 5, 2, 3)
+    target = R.exact_gradient(f, x) if "reinmax" not in method else R.expected_gradient(R.reinmax, f, x)
+    z = (rows.mean(0) - target).abs() / (rows.std(0) / 20_000**0.5)
+    assert rows.sum(-1).abs().max() < 1e-12 and z.max() < 5
+
+
+def test_path_under_vmap():
+    x, mix = normal(5, 2, 3), normal(6, 6, seed=5)
+    f = lambda D: torch.sin(2 * D.flatten(-2) @ mix).sum(-1)
+    wide = x.expand(20_000, 5, 2, 3).reshape(-1, 2, 3)
+    rows = torch.func.vmap(torch.func.grad(lambda r: F.path_surrogate(f, r, 2)), randomness="different")(wide)
+    rows = rows.reshape(20_000, 5, 2, 3)
+    z = (rows.mean(0) - R.exact_gradient(f, x)).abs() / (rows.std(0) / 20_000**0.5)
+    assert z.max() < 5
+    leaf = x.clone().requires_grad_()
+    torch.func.vmap(lambda r: F.path_surrogate(f, r, 2), randomness="different")(leaf).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("gap", [1.0, "p"])
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+def test_double_backward_of_gapped_st_is_that_of_its_estimate(gap, tau):
+    x, w, v, D = normal(5), normal(5, seed=1), normal(5, seed=2), torch.eye(5, dtype=F64)[3]
+
+    def estimate(t, create=False):
+        t = t.clone().requires_grad_()
+        return torch.autograd.grad(F.gapped_st(t, tau, gap=gap, sample=D) @ w, t)[0]
+    y = x.clone().requires_grad_()
+    first, = torch.autograd.grad(F.gapped_st(y, tau, gap=gap, sample=D) @ w + y.pow(3).sum(), y, create_graph=True)
+    assert torch.allclose(first, estimate(x) + 3 * x**2, atol=1e-14)
+    second, = torch.autograd.grad(first @ v, y)
+    h, eye = 1e-6, torch.eye(5, dtype=F64)
+    want = torch.stack([(estimate(x + h * e) - estimate(x - h * e)) @ v / (2 * h) for e in eye])
+    assert torch.allclose(second, want + 6 * x * v, atol=1e-8)
+
+
+def test_gapped_st_is_finite_where_probabilities_underflow():
+    e1 = torch.tensor([0.0, 1.0, 0.0])
+    for gap in (1.0, "p"):
+        x = torch.tensor([200.0, 0.0, 0.0])
+        got = gradient(F.gapped_st, x, e1, torch.tensor([0.3, -1.0, 2.0]), gap=gap)
+        s = torch.tensor([199.0, 200.0, 0.0]).softmax(0)  # the gap of "p" tends to 1 as p does to 0
+        assert torch.allclose(got, J(s) @ torch.tensor([0.3, -1.0, 2.0]), atol=1e-6)
+        x = x.index_fill(0, torch.tensor([2]), -math.inf)
+        got = gradient(F.gapped_st, x, e1, torch.tensor([0.3, -1.0, math.inf]), gap=gap)
+        assert got[2] == 0 and got.isfinite().all() and got[0] != 0
+
+
+def test_uniform_baseline_refuses_a_sample_whose_probability_underflows():
+    x, e1 = torch.tensor([200.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="sample.*underflow"): F.reinmax_uniform_baseline(x, sample=e1)
+    y = x.clone().requires_grad_()
+    F.reinmax_uniform_baseline(y, sample=e1, validate=False).square().sum().backward()
+    assert not y.grad.isnan().any()
+
+
+@pytest.mark.parametrize("k", [2, 5, 100])
+def test_gumbel_rao_under_autocast(k):
+    x, w = normal(4, 5, dtype=torch.float32), normal(5, seed=1, dtype=torch.float32)
+    grads = []
+    for on in (False, True):
+        y = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = (F.gumbel_rao(y, 0.5, k=k, generator=gen(1)) * w).sum()
+            loss.backward()
+        grads.append(y.grad)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
+def test_debiased_surrogate_under_autocast():
+    x, table = normal(4, 2, 3, dtype=torch.float32), normal(2, 3, seed=1, dtype=torch.float32)
+    D, grads = R.reinmax(x.expand(3, 4, 2, 3), generator=gen(2)), []
+    for on in (False, True):
+        y = x.clone().requires_grad_()
+        s = F.reinmax_loo(y, 3, sample=D)
+        values = (s * table).sum((-1, -2)).exp()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            F.debiased_surrogate(values, s, y).sum().backward()
+        grads.append(y.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("method", ["reinforce", "rloo", "reinmax", "reinmax_loo", "debiased"])
+def test_one_value_a_sample_for_a_single_latent(method):
+    x = normal(5).requires_grad_()
+    with pytest.raises(ValueError, match=r"f: expected values of shape \(4,\)"):
+        F.multi_sample(lambda D: D.sum(), x, 4, method)
+    assert F.multi_sample(lambda D: D.square() @ normal(5), x, 4, method).shape == ()
+
+
+def test_bad_baselines_and_vanishing_gradients_are_named():
+    x = normal(4, 2, 3)
+    D = R.reinmax(x.expand(3, 4, 2, 3))
+    for bad in (torch.zeros(5), torch.zeros(2, 3, 4)):
+        with pytest.raises(ValueError, match="baseline"): F.reinforce_surrogate(joint(D), D, x, bad)
+    with pytest.raises(ValueError, match="gradient.*zero"):
+        F.gradient_report(lambda D: 0 * D.sum((-1, -2)), x, {"st": F.pathwise(R.st)}, 8)

@@ -56,9 +56,22 @@ def test_unbiased_estimators(name):
     assert z.max() < 5
 
 
-@pytest.mark.parametrize("args", [("nope",), ("darn", 2.0), ("st", 1.0, 3), ("exact", 2.0), ("rloo", 0.5)])
-def test_bad_estimators(args):
-    with pytest.raises(ValueError): rp.make_estimator(*args)
+@pytest.mark.parametrize("args, word", [
+    (("nope",), "name"), (([],), "name"), (("darn", 2.0), "tau"), (("st", 1.0, 3), "k"), (("exact", 2.0), "tau"),
+    (("rloo", 0.5), "tau"), (("rloo", 1.0, 0), "k"), (("rloo", 1.0, 1), "k"), (("debiased", 1.0, 1), "k"),
+    (("exact", 1.0, 3), "k"), (("gr", 1.0, 0), "k"), (("st", -1.0), "tau"), (("reinmax", math.nan), "tau")])
+def test_bad_estimators(args, word):
+    with pytest.raises(ValueError, match=f"^{word}:"): rp.make_estimator(*args)
+
+
+def test_number_of_samples():
+    seen = []
+    f = lambda D: seen.append(len(D)) or D.sum((-2, -1))
+    for name in rp.MULTI:
+        rp.make_estimator(name)(f, torch.randn(2, 3, 4))
+        rp.make_estimator(name, k=3)(f, torch.randn(2, 3, 4))
+    rp.make_estimator("reinforce", k=1)(f, torch.randn(2, 3, 4))
+    assert seen == [4, 3] * len(rp.MULTI) + [1]
 
 
 # Polynomial programming --------------------------------------------------------------------------------------------
@@ -122,6 +135,11 @@ def test_exact_training_follows_the_enumerated_loss():
                                  for v in (model(x, expectation), loss + rp.uniform_kl(logits))))
 
 
+@pytest.mark.parametrize("config", ["8", "8×4", "8x4x2", "0x4", "8x-1", 84])
+def test_bad_configurations(config):
+    with pytest.raises(ValueError, match="^config:"): rp.digits_model(config, 0)
+
+
 def test_training_resumes(tmp_path):
     x, estimator = torch.rand(250, 6), rp.make_estimator("reinmax")
     make = lambda: seeded(lambda: rp.CategoricalVAE(6, (5,), 2, 2), 0)
@@ -133,6 +151,14 @@ def test_training_resumes(tmp_path):
     assert rp.train_vae(again, x, estimator, 4, seed=3, checkpoint=tmp_path / "fit.pt") == curve
     for a, b in zip(whole.parameters(), again.parameters()): assert torch.equal(a, b)
     assert len(curve) == 4 and curve[-1] < curve[0]
+
+
+@pytest.mark.parametrize("name", [*rp.SAMPLERS, *rp.MULTI, "exact"])
+def test_the_autoencoder_trains_under_autocast(name):
+    model, x = seeded(lambda: rp.CategoricalVAE(6, (5,), 3, 2), 0), torch.rand(4, 6)
+    with torch.autocast("cpu", torch.bfloat16): loss = model(x, rp.make_estimator(name)).mean()
+    loss.backward()
+    for p in model.parameters(): assert p.grad.isfinite().all() and p.grad.abs().sum() > 0
 
 
 def test_evaluation_is_seeded():
@@ -148,6 +174,7 @@ def test_gradient_stats_of_an_unbiased_and_a_biased_estimator():
     rloo = report["rloo"]
     assert rloo["raw_bias"] == pytest.approx(rloo["std"] / 16, rel=0.5) and rloo["n"] == 256
     assert rloo["bias"] < 0.7 * rloo["raw_bias"] and report["st"]["std"] < rloo["std"]
+    with pytest.raises(ValueError, match="^names:"): rp.gradient_stats(model, x, ("nope",), n=2)
 
 
 # ListOps -----------------------------------------------------------------------------------------------------------
@@ -159,9 +186,32 @@ def test_listops_by_hand(text, value):
     assert rp.listops_value(text.split()) == value
 
 
-@pytest.mark.parametrize("text", ["", "2 3", "[MAX 2", "]", "[MAX ]", "[MAX 2 ] ]", "[FOO 1 ]", "12", "<pad>"])
+@pytest.mark.parametrize("text", ["", "2 3", "[MAX 2", "]", "[MAX ]", "[MAX 2 ] ]", "[FOO 1 ]", "12", "<pad>", "²", "٣",
+                                  "] 2"])
 def test_listops_refuses(text):
-    with pytest.raises(ValueError): rp.listops_value(text.split())
+    with pytest.raises(ValueError, match="^tokens:"): rp.listops_value(text.split())
+    with pytest.raises(ValueError, match="^tokens:"): rp.gold_merges(text.split())
+
+
+@pytest.mark.parametrize("kwargs, word", [(dict(n=0), "n"), (dict(n=-1), "n"), (dict(n=2, max_tokens=3), "max_tokens"),
+                                          (dict(n=2, depth=0), "depth")])
+def test_listops_data_refuses_what_it_could_not_draw(kwargs, word):
+    with pytest.raises(ValueError, match=f"^{word}:"): rp.listops_data(seed=0, **kwargs)
+    tokens, lengths, _, merges = rp.listops_data(3, 0, max_tokens=4)
+    assert (lengths == 4).all() and merges.tolist() == [[0, 0, 0]] * 3
+
+
+def test_split_shares_no_expression():
+    train, test = rp.listops_split(2000, 300, seed=0)
+    rows = [set(map(tuple, part[0].tolist())) for part in (train, test)]
+    assert len(rows[1]) == 300 and not rows[0] & rows[1] and (test[1].diff() >= 0).all()
+    plain = rp.listops_data(2000, 1)
+    assert all(torch.equal(a, b) for a, b in zip(train, plain))
+    assert rows[0] & set(map(tuple, rp.listops_data(300, 0)[0].tolist())), "without the split they overlap"
+    for row, n, value, merges in zip(*(v.tolist() for v in test)):
+        words = [rp.TOKENS[i] for i in row[:n]]
+        assert rp.listops_value(words) == value and rp.gold_merges(words) == merges[: n - 1]
+    with pytest.raises(ValueError, match="^n_test:"): rp.listops_split(2000, 50, seed=-1)
 
 
 def evaluate_recursively(tokens):
@@ -234,6 +284,13 @@ def test_sampled_trees_train_the_query(tree):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_parser_names_bad_arguments():
+    data, model = rp.listops_data(5, seed=1), seeded(rp.TreeParser, 0)
+    with pytest.raises(ValueError, match="^merges:"): rp.tree_choice("gold")
+    with pytest.raises(ValueError, match="^tree:"): rp.tree_choice("nope")
+    with pytest.raises(ValueError, match="^data:"): rp.parser_logits(model, [t[:0] for t in data], "right")
+
+
 def test_masked_leaves_existing_pairs():
     out = rp.masked(torch.ones(3, 4), torch.tensor([4, 2, -1]))
     assert out.isfinite().sum(1).tolist() == [4, 2, 1]
@@ -257,8 +314,40 @@ def test_codebook_gives_all_codes_a_gradient():
     assert near(torch.full((50, 1), 99.0))[1].argmax(-1).min() == 1
 
 
+@pytest.mark.parametrize("name", ["reinmax", "st", "stgs"])
+def test_every_single_draw_reaches_every_code(name):
+    book, rows = seeded(lambda: rp.Codebook(12, 3, name), 0), torch.randn(20, 3, generator=torch.Generator().manual_seed(7))
+    for x in rows:
+        z, _ = book(x)
+        g, = torch.autograd.grad(z.square().sum(), book.codes)
+        assert (g.abs().amax(-1) > 0).all()
+    far = seeded(lambda: rp.Codebook(12, 3, name, scale=1 / 400), 0)
+    z, _ = far(20 * rows[0])
+    assert (torch.autograd.grad(z.square().sum(), far.codes)[0].abs().amax(-1) > 0).all()
+
+
+def test_codebook_names_bad_arguments():
+    with pytest.raises(ValueError, match="^x:"): rp.Codebook(8, 4)(torch.randn(3, 1))
+    with pytest.raises(ValueError, match="^codes:"): rp.Codebook(0, 4)
+    assert "reinmax, tau=1.5" in repr(rp.Codebook(8, 4, tau=1.5))
+
+
+def test_code_autoencoder_takes_the_nearest_codes():
+    model, x = seeded(lambda: rp.CodeAutoencoder(rp.Codebook(6, 3), 2), 0), torch.rand(5, 64)
+    loss, D = model(x, nearest=True)
+    e = model.encoder(x).unflatten(-1, (2, 3))
+    index = (e[:, :, None] - model.book.codes).square().sum(-1).argmin(-1)
+    assert torch.equal(D.argmax(-1), index) and (D.sum(-1) == 1).all()
+    p = model.decoder(model.book.codes[index].flatten(1)).sigmoid()
+    torch.testing.assert_close(loss, -(x * p.log() + (1 - x) * (1 - p).log()).sum(-1))
+
+
 def test_perplexity():
     assert rp.perplexity(torch.eye(8)) == pytest.approx(8)
+    assert rp.perplexity(torch.eye(8, dtype=torch.int64)) == pytest.approx(8)
+    assert rp.perplexity(torch.eye(8)[3]) == pytest.approx(1)
+    for bad in (torch.zeros(0, 4), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="^D:"): rp.perplexity(bad)
     assert rp.perplexity(torch.eye(8)[[3, 3, 3]]) == pytest.approx(1)
 
 
@@ -272,6 +361,24 @@ def test_cell_mixes_its_operations():
     one = cell.edges[0].convolution(zero).relu()
     two = zero + F.avg_pool2d(one, 3, 1, 1)
     torch.testing.assert_close(cell(x, rp.ARCHITECTURES[index]), cell.head(F.adaptive_avg_pool2d(two, 2).flatten(1)))
+
+
+def test_cell_keeps_its_choice():
+    cell, other, x = seeded(rp.Cell, 0), seeded(rp.Cell, 1), torch.rand(2, 1, 8, 8)
+    cell.choice = rp.ARCHITECTURES[27]
+    other.load_state_dict(cell.state_dict())
+    torch.testing.assert_close(other(x), cell(x))
+    torch.testing.assert_close(cell(x), cell(x, rp.ARCHITECTURES[27]))
+    assert cell.double().choice.dtype == torch.float64 and cell(x.double()).dtype == torch.float64
+    assert cell.to("meta").choice.device.type == "meta"
+    for bad in (torch.eye(4), torch.ones(3, 5)):
+        with pytest.raises(ValueError, match="^choice:"): rp.Cell()(x, bad)
+
+
+def test_checks_leave_the_text_that_dates_runs():
+    import inspect
+    for fn in (rp.listops_data, rp.tree_choice, rp.parser_logits, rp.digits_model):
+        assert f"def {fn.__name__}(" in inspect.getsource(fn) and list(inspect.signature(fn).parameters)
 
 
 # Experiments and stored results ------------------------------------------------------------------------------------
@@ -304,3 +411,11 @@ def test_stored_results(name):
         assert r["case"] in cases and key not in seen and r["command"] and r["versions"] and r["seconds"] > 0
         seen.add(key)
         for v in r["result"].values(): assert v is not None
+
+
+def test_new_experiments_run_quickly(tmp_path):
+    for name in ("reinmax-codebook", "reinmax-listops-unseen"):
+        e = REGISTRY[name]
+        assert run_experiment(e, (0,), "cpu", tmp_path, quick=True, cases=e.quick[:1], show=False) == (1, 0)
+    book, = load_results(tmp_path / "reinmax-codebook.json")["runs"]
+    assert 1 <= book["result"]["perplexity"] <= book["result"]["used"] <= 64

@@ -86,6 +86,16 @@ def test_spread_lattice_by_brute_force():
     assert S.spread_lattice(8) == (1, 3) and S.spread_lattice(5) == (1, 2)
 
 
+def test_no_grid_is_empty_and_huge_periods_are_refused_at_once():
+    for call in (lambda: S.grid_mask(1, 0.75, start=0), lambda: S.grid_mask((5, 1), 0.75, start=0, lattice=(0, 1)),
+                 lambda: S.grid_mask((8, 8), 1e-7, lattice="spread")):
+        with pytest.raises(ValueError, match="without a kept position"):
+            call()
+    for N in (2, 3, 5):
+        for t in range(4):
+            assert S.grid_mask(N, 0.75, start=t).any()
+
+
 def test_grid_on_a_sequence_and_other_shapes():
     assert S.grid_mask(7, 0.5, start=1).tolist() == [False, True] * 3 + [False]
     assert S.grid_mask((2, 3, 4), 0.5).shape == (2, 3, 4)
@@ -133,9 +143,9 @@ def test_upsample():
     big = S.upsample_mask(mask, (6, 8))
     assert all(big[i, j] == mask[i // 2, j // 4] for i in range(6) for j in range(8))
     assert torch.equal(S.upsample_mask(mask, (3, 2)), mask)
-    for size in [(7, 8), (6,), (2, 2)]:
+    for small, size in [(mask, (7, 8)), (mask, (6,)), (mask, (2, 2)), (mask[:0], (6, 8))]:
         with pytest.raises(ValueError, match="size"):
-            S.upsample_mask(mask, size)
+            S.upsample_mask(small, size)
 
 
 def test_keep_set():
@@ -150,6 +160,7 @@ def test_keep_set():
     assert torch.allclose(S.keep_set(mask, prob=each).prob, torch.tensor([0.1, 0.4], dtype=F64))
     assert S.keep_set(torch.zeros(3, dtype=torch.bool), n_prefix=1).keep.tolist() == [0]
     assert isinstance(ks.to("cpu"), S.KeepSet)
+    assert not S.keep_set(mask, prob=each.requires_grad_()).prob.requires_grad
 
 
 # The operations ---------------------------------------------------------------------------------------------------------
@@ -188,6 +199,16 @@ def test_dense_limits_are_bitwise():
     S.sbp_apply(net, x, half, impl="hook").add_(1).sum().backward()  # the result is not a view
 
 
+def test_results_may_be_written_into_also_when_everything_is_kept():
+    net, x, q = mlp(), normal(2, 16, 6).requires_grad_(), normal(2, 3, 16, 4).requires_grad_()
+    full = S.keep_set(torch.ones(16, dtype=torch.bool), prob=0.5)
+    for impl in S.IMPLEMENTATIONS:
+        dx, = grads(S.sbp_apply(net, x, full, rescale=True, impl=impl).add_(1).sum(), [x], None)
+        assert torch.allclose(dx, 2 * grads(net(x).sum(), [x], None)[0], atol=1e-11)
+    S.sbp_attention(q, q, q, full, rescale=True).add_(1).sum().backward()
+    S.sbp_linear(x, net[1].weight, None, full, rescale=True).add_(1).sum().backward()
+
+
 @pytest.mark.parametrize("layout", ["nhwc", "nchw", "permuted"])
 @pytest.mark.parametrize("impl", S.IMPLEMENTATIONS)
 def test_pair_of_dimensions(layout, impl):
@@ -220,6 +241,28 @@ def test_linear_formula(bias, rescale):
     m = masked(mask) / (0.3 if rescale else 1)
     want = [(m * g) @ W, torch.einsum("abno,abni->oi", m * g, x), (m * g).sum((0, 1, 2))]
     for a, e in zip(grads(y, [x, W] + [b] * bias, g), want):
+        assert torch.allclose(a, e, atol=1e-13)
+
+
+def test_linear_computes_and_stores_only_what_is_asked_for():
+    ks = S.keep_set(S.random_mask(9, 0.5, generator=gen()))
+    make = lambda *shape, on: normal(*shape).requires_grad_(on)
+    for x_on, W_on, b_on in itertools.product((False, True), repeat=3):
+        x, W, b = make(2, 9, 4, on=x_on), make(5, 4, on=W_on), make(5, on=b_on)
+        y = S.sbp_linear(x, W, b, ks)
+        assert y.requires_grad == (x_on or W_on or b_on)
+        bytes_ = saved_bytes(lambda: S.sbp_linear(x, W, b, ks), exclude=[W])
+        assert bytes_ == (ks.keep.nbytes if y.requires_grad else 0) + (2 * len(ks.keep) * 4 * 8 if W_on else 0)
+        if y.requires_grad:
+            y.sum().backward()
+            assert [t.grad is not None for t in (x, W, b)] == [x_on, W_on, b_on]
+
+
+def test_linear_with_complex_numbers():
+    x, W, b, g = (torch.complex(normal(*n, seed=i), normal(*n, seed=i + 9)) for i, n in enumerate([(9, 4), (5, 4), (5,), (9, 5)]))
+    mask, leaves = S.random_mask(9, 0.5, generator=gen()), [t.requires_grad_() for t in (x, W, b)]
+    ours, want = S.sbp_linear(x, W, b, S.keep_set(mask)), F.linear(x, W, b)
+    for a, e in zip(grads(ours, leaves, g), grads(want, leaves, g * masked(mask))):
         assert torch.allclose(a, e, atol=1e-13)
 
 
@@ -413,6 +456,41 @@ def test_source_resumes_copies_and_pickles():
     assert list(net.state_dict()) == [f"{i}.fn.{n}" for i in range(2) for n in mlp().state_dict()]
 
 
+def test_ranks_stay_apart_through_copies_and_checkpoints(monkeypatch):
+    def masks(source):
+        out = []
+        for _ in range(3):
+            source.refresh()
+            out.append(source.draw(30).keep)
+        return torch.cat(out)
+
+    on = lambda rank: monkeypatch.setattr(S, "_rank", lambda: rank)
+    fresh = lambda **options: S.MaskSource(0.5, mask="random", seed=3, **options)
+    on(0)
+    template, used = fresh(), fresh()
+    data, state = pickle.dumps(template), used.state_dict()
+    first = masks(fresh())
+    on(1)  # what was made before the processes parted
+    second = masks(fresh())
+    assert not torch.equal(first, second)
+    assert torch.equal(masks(pickle.loads(data)), second) and torch.equal(masks(copy.deepcopy(template)), second)
+    other = fresh()
+    other.load_state_dict(state)
+    resumed = masks(other)
+    assert not torch.equal(resumed, first)
+    other.load_state_dict(state)
+    assert torch.equal(masks(other), resumed)
+    on(0)
+    used.load_state_dict(state)
+    assert torch.equal(masks(used), first), "its own rank goes on"
+    given = fresh(generator=gen(5))
+    state = given.state_dict()
+    first = masks(given)
+    on(1)
+    given.load_state_dict(state)
+    assert torch.equal(masks(given), first), "a generator passed in stays the same on all ranks"
+
+
 def test_checkpointed_block_sees_its_mask_again():
     from torch.utils.checkpoint import checkpoint
     for shared in (True, False):
@@ -480,8 +558,18 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         y, plain = S.sbp_linear(x, W, b, ks, rescale=True), F.linear(x, W, b)
         z = S.sbp_conv2d(x[None].transpose(1, 3), W[:, :, None, None], b, S.keep_set(torch.ones(16, 3, dtype=torch.bool)))
+        wide = S.sbp_linear(x.double(), W.double(), b.double(), ks), F.linear(x.double(), W.double(), b.double())
     assert torch.equal(y, plain) and z.dtype == torch.bfloat16
+    assert wide[0].dtype == F64 and torch.equal(*wide), "autocast leaves float64 alone"
     assert all(t.isfinite().all() and t.dtype == torch.float32 for t in grads(y.sum() + z.sum(), [x, W, b], None))
+
+
+def test_meta_device():
+    ks, net, x = S.keep_set(S.grid_mask((4, 4), 0.5)).to("meta"), mlp().to("meta"), normal(2, 16, 6).to("meta").requires_grad_()
+    assert S.sbp_apply(net, x, ks).shape == x.shape and S.sbp_linear(x, net[1].weight, None, ks).shape == (2, 16, 12)
+    assert S.sbp_attention(*[x[:, None]] * 3, ks).shape == (2, 1, 16, 6)
+    image, kernel = torch.zeros(1, 1, 4, 4, device="meta"), torch.zeros(1, 1, 3, 3, device="meta")
+    assert S.sbp_conv2d(image, kernel, None, ks, padding=1).shape == image.shape
 
 
 def test_half_precision_and_empty_batch():
@@ -594,6 +682,10 @@ def test_keep_ratio_errors(ratio, error):
             make(ratio)
 
 
+class Elsewhere(torch.Generator):
+    device = torch.device("cuda")
+
+
 def test_mask_errors():
     for call, error, word in [
         (lambda: S.grid_mask((14, 14), 0.4), ValueError, "keep_ratio.*0.5"),
@@ -612,6 +704,7 @@ def test_mask_errors():
         (lambda: S.MaskSource(0.5, mask="stripes"), ValueError, "mask"),
         (lambda: S.MaskSource(0.5, mask="random", lattice="spread"), TypeError, "lattice"),
         (lambda: S.MaskSource(0.5, generator=3), TypeError, "generator"),
+        (lambda: S.MaskSource(0.5, generator=Elsewhere()), ValueError, "generator.*cuda"),
         (lambda: S.grid_mask((8, 8), 0.5, lattice=None), TypeError, "lattice"),
         (lambda: S.grid_mask((8, 8), 5e-324), ValueError, "keep_ratio"),
         (lambda: S.upsample_mask([True], 2), TypeError, "mask"),
@@ -655,6 +748,15 @@ def test_operation_errors():
         (lambda: S.sbp_conv2d(normal(1, 1, 3, 3), normal(1, 1, 3, 3), None, ks, padding="same"), TypeError, "padding"),
         (lambda: S.SBP(mlp(), None), TypeError, "source"),
         (lambda: S.SBP(mlp(), S.MaskSource(0.5), impl="magic"), ValueError, "impl"),
+        (lambda: S.SBP(nn.Sequential(S.SBP(mlp(), S.MaskSource(0.5))), S.MaskSource(0.5)), TypeError, "SBP inside"),
+        (lambda: S.SBP(lambda t: t, S.MaskSource(0.5)), TypeError, "fn"),
+        (lambda: S.SBP(mlp(), S.MaskSource(0.5), n_prefix=-1), ValueError, "n_prefix"),
+        (lambda: S.SBP(mlp(), S.MaskSource(0.5), dim=(1, 2), n_prefix=1), ValueError, "n_prefix"),
+        (lambda: S.SBP(mlp(), S.MaskSource(0.5), size="ab"), TypeError, "size"),
+        (lambda: S.SBP(nn.AvgPool1d(3, 1, 1), S.MaskSource(0.5)), TypeError, "AvgPool1d"),
+        (lambda: S.sbp_apply(nn.GRU(6, 6), x.float(), ks), TypeError, "GRU"),
+        (lambda: S.sbp_apply(lambda t: t.repeat(1, 1, 2, 1), normal(2, 3, 3, 6), ks, dim=(1, 2)), RuntimeError, "unflatten"),
+        (lambda: S.sbp_conv2d(normal(1, 3, 3), normal(1, 1, 3, 3), None, ks, padding=1), ValueError, "x: expected"),
         (lambda: S.sbp_attention(q, q, q, ks, mode="keys"), ValueError, "mode"),
         (lambda: S.sbp_attention(q, q[..., 1:, :], q, ks), ValueError, "q, k, v"),
         (lambda: S.sbp_attention(q, q, q, ks, mode="head"), ValueError, "ks.*9.*3"),
