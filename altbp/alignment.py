@@ -5,10 +5,12 @@ __all__ = ['LAMBDAS', 'RATES', 'neuron_constants', 'isometry', 'alignment_ode', 
            'alignment_problem', 'settle', 'final_cosines', 'convergence_linear', 'convergence_relu', 'convergence_tanh',
            'convergence_loss', 'classifier_step', 'classifier_state', 'fa_classifier', 'convergence_mnist']
 
-# %% ../nbs/02b_alignment.ipynb #080bb4e0
+# %% ../nbs/02b_alignment.ipynb #4e885d96
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +36,35 @@ def neuron_constants(
     own = W.square().sum(1) if c is None else W.square().sum(1) + c.square()
     return own / 2 - (B * V).sum(0)
 
-# %% ../nbs/02b_alignment.ipynb #c7ae9e75
+# %% ../nbs/02b_alignment.ipynb #1ca2bb5d
 def isometry(
     X: Tensor, # inputs, (n, d)
 ) -> tuple[float, float]: # γ and ε
-    "Return the smallest eigenvalue γ of K = X Xᵀ, and ε with λ_max = (1 + ε) γ (inf where γ = 0)."
-    values = torch.linalg.svdvals(X).square()
-    gamma = values[-1].item() if len(X) <= X.shape[1] else 0.0
-    return gamma, values[0].item() / gamma - 1 if gamma > 0 else math.inf
+    "Return λ_min(K) = γ of K = X Xᵀ, and ε with λ_max = (1 + ε) γ; 0, inf for a singular K."
+    if X.ndim != 2 or not X.numel() or not torch.isfinite(X).all():
+        raise ValueError(f"X: shape {tuple(X.shape)}; needs finite numbers, (n, d), not empty")
+    values = torch.linalg.svdvals(X)
+    regular = values[-1] > max(X.shape) * torch.finfo(X.dtype).eps * values[0]
+    if len(X) > X.shape[1] or not regular: return 0.0, math.inf
+    return values[-1].item() ** 2, (values[0] / values[-1]).item() ** 2 - 1
 
-# %% ../nbs/02b_alignment.ipynb #c221f620
+# %% ../nbs/02b_alignment.ipynb #8551c104
+def _runge_kutta(
+    s: np.ndarray,               # σ, U, A, R, D
+    Y: float, L: float, h: float, # target, decay, step
+) -> np.ndarray:
+    "Return the state one step later, by @eq-cv-mean-field."
+    def flow(s):
+        sigma, U, A, R, D = s
+        return np.array([U, L * Y - (L + 1 + sigma**2 + A) * U, sigma * U - L * A, U - L * R,
+                         -L * D])
+    k1 = flow(s)
+    k2 = flow(s + h / 2 * k1)
+    k3 = flow(s + h / 2 * k2)
+    k4 = flow(s + h * k3)
+    return s + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+# %% ../nbs/02b_alignment.ipynb #935f8968
 def alignment_ode(
     Y: float,                # ‖y‖ / √(γ p)
     L: float,                # decay λ / γ
@@ -52,23 +73,19 @@ def alignment_ode(
     memory: float = 1.0,     # D at the start: 1 for β(0) ~ N(0, 1), 0 for β(0) = 0
     steps: int = 2000,       # steps of the solver
 ) -> dict[str, Tensor]:      # "tau", "cos", "sigma", "U", "A", "R", "D", float64
-    "Solve @eq-cv-mean-field; ValueError for negative arguments or tau = 0."
-    if min(Y, L, cut, memory) < 0 or not 0 < tau < math.inf:
-        raise ValueError(f"Y, L, cut, memory: {Y}, {L}, {cut}, {memory} must be >= 0; "
-                         f"tau: {tau} must be > 0")
-    def flow(s, L):
-        sigma, U, A, R, D = s
-        return np.array([U, L * Y - (L + 1 + sigma**2 + A) * U, sigma * U - L * A, U - L * R,
-                         -L * D])
+    "Solve @eq-cv-mean-field; ValueError for bad arguments, and for steps too long to be stable."
+    if not (all(0 <= v < math.inf for v in (Y, L, memory)) and cut >= 0 and 0 < tau < math.inf):
+        raise ValueError(f"Y, L, memory: {Y}, {L}, {memory} must be finite and >= 0; "
+                         f"cut: {cut} must be >= 0; tau: {tau} must be finite and > 0")
+    if steps < 1: raise ValueError(f"steps: {steps} is not positive")
     times = np.unique(np.append(np.linspace(0, tau, steps + 1), min(cut, tau)))
     path = [np.array([0.0, Y, 0.0, 0.0, memory])]
     for t, h in zip(times, np.diff(times)):
-        s, l = path[-1], L if t < cut else 0.0
-        k1 = flow(s, l)
-        k2 = flow(s + h / 2 * k1, l)
-        k3 = flow(s + h / 2 * k2, l)
-        k4 = flow(s + h * k3, l)
-        path.append(s + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+        path.append(_runge_kutta(path[-1], Y, L if t < cut else 0.0, h))
+        rate = L + 1 + path[-1][0] ** 2 + path[-1][2]
+        if not h * rate < 2:
+            raise ValueError(f"steps: {steps} are too few for tau = {tau}; at time {t:.3g} the "
+                             f"rate is {rate:.3g}, and a step, {h:.3g}, must be below 2 / rate")
     sigma, U, A, R, D = torch.tensor(np.array(path)).T
     cos = A / (D**2 + R**2 + A**2).sqrt().clamp_min(1e-300)
     return dict(tau=torch.tensor(times), cos=cos, sigma=sigma, U=U, A=A, R=R, D=D)
@@ -78,23 +95,24 @@ def _root(p: float, q: float) -> float:
     "Return the real root of x³ + p x = q for p > 0."
     return 2 * math.sqrt(p / 3) * math.sinh(math.asinh(3 * q / (2 * p) * math.sqrt(3 / p)) / 3)
 
-# %% ../nbs/02b_alignment.ipynb #5b53b237
+# %% ../nbs/02b_alignment.ipynb #011b96cf
 def final_alignment(
     Y: float,                # ‖y‖ / √(γ p)
     zero_init: bool = False, # β(0) = 0 in place of N(0, 1)
 ) -> float:
-    "Return cos(b, β) at the end of training without decay, @eq-cv-final; ValueError if Y < 0."
-    if not Y >= 0: raise ValueError(f"Y: {Y} is negative")
+    "Return cos(b, β) at the end of training without decay, @eq-cv-final; raise ValueError."
+    if not 0 <= Y < math.inf: raise ValueError(f"Y: {Y} is negative or not finite")
     sigma = _root(2.0, 2 * Y)
     return sigma / math.sqrt(4 + sigma**2) if zero_init else sigma**2 / (2 + sigma**2)
 
-# %% ../nbs/02b_alignment.ipynb #d2e24ba8
+# %% ../nbs/02b_alignment.ipynb #fa0d4ed4
 def slow_alignment(
     theta: float, # η t ‖y‖ √(γ / p)
     L: float,     # decay λ / γ, kept on
 ) -> float:
-    "Return cos(b, β) for small targets by @eq-cv-slow; ValueError for negative arguments."
-    if not (theta >= 0 and L >= 0): raise ValueError(f"theta, L: {theta}, {L} must be >= 0")
+    "Return cos(b, β) for small targets by @eq-cv-slow; ValueError for bad arguments."
+    if not (0 <= theta < math.inf and 0 <= L < math.inf):
+        raise ValueError(f"theta, L: {theta}, {L} must be finite and >= 0")
     sigma = _root(3 * (L + 1), 3 * L * theta)
     return sigma / math.sqrt(1 + sigma**2)
 
@@ -103,6 +121,19 @@ LAMBDAS = {"identity": (0.0, 0.2, 0.3, 0.5),
            "relu": (0.0, 0.02, 0.05, 0.2),
            "tanh": (0.0, 0.001, 0.002, 0.005)}
 RATES = {"identity": 1e-3, "relu": 1e-2, "tanh": 1e-1}
+
+# %% ../nbs/02b_alignment.ipynb #e5c35994
+def _refuses(check: Callable) -> Callable:
+    "Return a decorator: call `check` with the arguments, defaults filled in, before the function."
+    def decorate(fn):
+        @wraps(fn)
+        def checked(*args, **kwargs):
+            bound = inspect.signature(fn).bind(*args, **kwargs)
+            bound.apply_defaults()
+            check(bound.arguments)
+            return fn(*args, **kwargs)
+        return checked
+    return decorate
 
 # %% ../nbs/02b_alignment.ipynb #4561acf1
 def alignment_problem(
@@ -143,7 +174,16 @@ def settle(
         last, settled = mse, bool((mse - last).abs() < tol)
     return early, run.net, t
 
-# %% ../nbs/02b_alignment.ipynb #2a37a8fb
+# %% ../nbs/02b_alignment.ipynb #6c0abe56
+def _known(a: dict) -> None:
+    "Raise ValueError for an activation that the authors' experiment does not have."
+    if a["activation"] not in LAMBDAS:
+        raise ValueError(f"activation: {a['activation']!r} is not one of {', '.join(LAMBDAS)}")
+    if a["rate"] < 0 or any(lam < 0 for lam in a["lams"]):
+        raise ValueError(f"lams, rate: {a['lams']}, {a['rate']} must not be negative")
+
+# %% ../nbs/02b_alignment.ipynb #1e7dd115
+@_refuses(_known)
 def final_cosines(
     activation: str,   # "identity", "relu" or "tanh"
     p: int,            # width
@@ -270,6 +310,21 @@ def fa_classifier(
             with atomic(file) as temp:
                 torch.save([W1, W2, order, gen.get_state(), log, t + 1], temp)
     return log
+
+# %% ../nbs/02b_alignment.ipynb #6dbce0f1
+def _classifier_arguments(a: dict) -> None:
+    "Raise ValueError for arguments with which `fa_classifier` makes no sense."
+    if not (0 < a["lr"] < math.inf and a["lam"] >= 0 and a["lr"] * a["lam"] < 1):
+        raise ValueError(f"lam: {a['lam']} with lr = {a['lr']} breaks lr > 0, 0 <= lr * lam < 1")
+    x, y, n = a["data"].x_train, a["data"].y_train, len(a["data"].x_train)
+    if x.ndim != 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"data: x_train {tuple(x.shape)}, y_train {tuple(y.shape)}; "
+                         "needs (n, d) and (n,)")
+    for name in ("steps", "p", "batch", "every"):
+        if a[name] < 1: raise ValueError(f"{name}: {a[name]} is not positive")
+    if a["batch"] > n: raise ValueError(f"batch: {a['batch']} of {n} examples")
+
+fa_classifier = _refuses(_classifier_arguments)(fa_classifier)
 
 # %% ../nbs/02b_alignment.ipynb #81aedf73
 @experiment("convergence-mnist", "784-1000-10 by feedback alignment, decay on the output layer",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backprop import ACTIVATIONS
 
-# %% ../nbs/02a_convergence.ipynb #ad18a46c
+# %% ../nbs/02a_convergence.ipynb #3fe09ea5
 @dataclass
 class TwoLayer:
     "A two-layer network with fixed feedback, @eq-cv-model; ValueError unless the shapes agree."
@@ -30,8 +30,8 @@ class TwoLayer:
             raise ValueError(f"activation: {self.activation!r} is not one of "
                              f"{', '.join(ACTIVATIONS)}")
         shapes = [tuple(v.shape) for v in (self.W, self.beta, self.b)]
-        if self.W.ndim != 2 or shapes[1:] != 2 * [shapes[0][:1]]:
-            raise ValueError(f"W, beta, b: shapes {shapes} are not (p, d), (p,), (p,)")
+        if self.W.ndim != 2 or not len(self.W) or shapes[1:] != 2 * [shapes[0][:1]]:
+            raise ValueError(f"W, beta, b: shapes {shapes} are not (p, d), (p,), (p,) with p > 0")
         if not self.W.is_floating_point() or not self.W.dtype == self.beta.dtype == self.b.dtype:
             raise ValueError(f"W, beta, b: need one floating dtype, not {self.W.dtype}, "
                              f"{self.beta.dtype}, {self.b.dtype}")
@@ -58,7 +58,26 @@ def two_layer(
     normal = partial(torch.randn, dtype=dtype, generator=generator, device=device)
     return TwoLayer(normal(p, d), normal(p), normal(p), activation)
 
-# %% ../nbs/02a_convergence.ipynb #e0d420b1
+# %% ../nbs/02a_convergence.ipynb #ea347b53
+def _checked_data(net, X, y) -> None:
+    "Raise ValueError unless X and y fit the network, in shape and dtype, and all are finite."
+    shapes = f"X {tuple(X.shape)}, y {tuple(y.shape)}"
+    if X.ndim != 2 or X.shape[1] != net.W.shape[1] or y.shape != X.shape[:1]:
+        raise ValueError(f"{shapes}: W {tuple(net.W.shape)} needs X (n, {net.W.shape[1]}), y (n,)")
+    for name, v in (("X", X), ("y", y), ("W", net.W), ("beta", net.beta), ("b", net.b)):
+        if v.dtype != net.W.dtype:
+            raise ValueError(f"{name}: dtype {v.dtype} in {shapes}, but W has {net.W.dtype}")
+        if not torch.isfinite(v).all(): raise ValueError(f"{name}: not all finite, in {shapes}")
+
+def _checked_rates(eta, lams, rule) -> None:
+    "Raise ValueError unless 0 < η < ∞ and 0 ≤ ηλ < 1 for each λ, and the rule exists."
+    if not 0 < eta < math.inf: raise ValueError(f"eta: {eta} is not a positive number")
+    if rule not in ("fa", "bp"): raise ValueError(f"rule: {rule!r} is not 'fa' or 'bp'")
+    for value in set(lams):
+        if not 0 <= eta * value < 1:
+            raise ValueError(f"lam: {value} with eta = {eta} breaks 0 <= eta * lam < 1")
+
+# %% ../nbs/02a_convergence.ipynb #43e65e42
 def fa_step(
     net: TwoLayer,     # left as it is
     X: Tensor,         # inputs, (n, d)
@@ -67,6 +86,13 @@ def fa_step(
     lam: float = 0.0,  # decay of β
     rule: str = "fa",  # "fa": feedback b; "bp": feedback β
 ) -> TwoLayer:
+    "Return the network after one step of @eq-cv-step; ValueError for what does not fit."
+    _checked_data(net, X, y)
+    _checked_rates(eta, (lam,), rule)
+    return _step(net, X, y, eta, lam, rule)
+
+# %% ../nbs/02a_convergence.ipynb #e358d027
+def _step(net, X, y, eta, lam, rule) -> TwoLayer:
     "Return the network after one step of @eq-cv-step."
     psi, slope = ACTIVATIONS[net.activation]
     Z, scale = X @ net.W.mT, len(net.b) ** -0.5
@@ -76,28 +102,19 @@ def fa_step(
     W = net.W - rate * (slope(Z) * e[:, None] * back).mT @ X
     return replace(net, W=W, beta=(1 - eta * lam) * net.beta - rate * h.mT @ e)
 
-# %% ../nbs/02a_convergence.ipynb #388e2920
+# %% ../nbs/02a_convergence.ipynb #5c56eca7
 def _schedule(net, X, y, eta, steps, lam, rule, engine) -> list[float]:
     "Raise ValueError for bad arguments of `train`; return λ for each step."
-    shapes = f"X {tuple(X.shape)}, y {tuple(y.shape)}"
-    if X.ndim != 2 or X.shape[1] != net.W.shape[1] or y.shape != X.shape[:1]:
-        raise ValueError(f"{shapes}: W {tuple(net.W.shape)} needs X (n, {net.W.shape[1]}), y (n,)")
-    for name, v in (("X", X), ("y", y)):
-        if v.dtype != net.W.dtype:
-            raise ValueError(f"{name}: dtype {v.dtype} in {shapes}, but W has {net.W.dtype}")
-        if not torch.isfinite(v).all(): raise ValueError(f"{name}: not all finite, in {shapes}")
-    if not 0 < eta < math.inf: raise ValueError(f"eta: {eta} is not a positive number")
+    _checked_data(net, X, y)
     if steps < 0: raise ValueError(f"steps: {steps} is negative")
-    if rule not in ("fa", "bp"): raise ValueError(f"rule: {rule!r} is not 'fa' or 'bp'")
+    _checked_rates(eta, (), rule)
     if engine not in ("full", "gram", "reduced"):
         raise ValueError(f"engine: {engine!r} is not 'full', 'gram' or 'reduced'")
     if engine == "reduced" and (net.activation != "identity" or rule != "fa"):
         raise ValueError("engine: 'reduced' needs activation 'identity' and rule 'fa', "
                          f"not {net.activation!r} and {rule!r}")
     lams = [float(lam(t)) if callable(lam) else float(lam) for t in range(steps)]
-    for value in set(lams):
-        if not 0 <= eta * value < 1:
-            raise ValueError(f"lam: {value} with eta = {eta} breaks 0 <= eta * lam < 1")
+    _checked_rates(eta, lams, rule)
     return lams
 
 # %% ../nbs/02a_convergence.ipynb #dd9f41b6
@@ -108,15 +125,16 @@ def cutoff(
     "Return the schedule λ for t < T, then 0."
     return lambda t: lam if t < T else 0.0
 
-# %% ../nbs/02a_convergence.ipynb #af54236b
+# %% ../nbs/02a_convergence.ipynb #edcde754
 @dataclass
 class Run:
     "What `train` returns."
     net: TwoLayer # after the last step
     loss: Tensor  # ½‖e‖² before every step and after the last, (steps + 1,)
     cos: Tensor   # cos(b, β) at the same times, (steps + 1,)
+    # both in the net's dtype and on its device; of the reduced engine in float64, on the CPU
 
-# %% ../nbs/02a_convergence.ipynb #7d270f9d
+# %% ../nbs/02a_convergence.ipynb #c5d1da34
 def _full(net, X, y, eta, lams, rule) -> Run:
     "Run @eq-cv-step."
     loss, cos = [], []
@@ -124,7 +142,7 @@ def _full(net, X, y, eta, lams, rule) -> Run:
         e = net(X) - y
         loss.append(e @ e / 2)
         cos.append(net.cos)
-        if lam is not None: net = fa_step(net, X, y, eta, lam, rule)
+        if lam is not None: net = _step(net, X, y, eta, lam, rule)
     return Run(net, torch.stack(loss), torch.stack(cos))
 
 # %% ../nbs/02a_convergence.ipynb #1693e5f0
@@ -138,7 +156,7 @@ _SLOPES = {  # ψ' ⊙ e bᵀ from the output h, in one pass: what torch's own b
     "relu": lambda h, eb: torch.ops.aten.threshold_backward(eb, h, 0),
 }
 
-# %% ../nbs/02a_convergence.ipynb #b5036725
+# %% ../nbs/02a_convergence.ipynb #5be448ed
 def _gram(net, X, y, eta, lams, rule) -> Run:
     "Run @eq-cv-gram."
     psi, slope = _PSI.get(net.activation, ACTIVATIONS[net.activation][0]), _SLOPES[net.activation]
@@ -153,7 +171,8 @@ def _gram(net, X, y, eta, lams, rule) -> Run:
         D = slope(h, torch.outer(e, b if rule == "fa" else beta))
         beta = torch.add((1 - eta * lam) * beta, e @ h, alpha=-eta * scale)
         Z.addmm_(K, D, alpha=-eta * scale)
-    W = net.W + (torch.linalg.pinv(X) @ (Z - Z0)).mT
+    back = torch.linalg.pinv(X.to(torch.promote_types(X.dtype, torch.float32)))  # no half there
+    W = net.W + (back.to(X.dtype) @ (Z - Z0)).mT
     return Run(replace(net, W=W, beta=beta), torch.stack(loss), torch.stack(cos))
 
 # %% ../nbs/02a_convergence.ipynb #8242430f
@@ -182,7 +201,7 @@ def _reduced(net, X, y, eta, lams, rule) -> Run:
                     beta=like(D * v + a1 @ H / rp + a2 * b))
     return Run(final, torch.tensor(loss), torch.tensor(cos))
 
-# %% ../nbs/02a_convergence.ipynb #38ebf648
+# %% ../nbs/02a_convergence.ipynb #3f42fe9f
 def train(
     net: TwoLayer,         # the start; left as it is
     X: Tensor,             # inputs, (n, d)
@@ -191,7 +210,7 @@ def train(
     steps: int,            # number of full-batch steps
     lam: float | Callable[[int], float] = 0.0, # decay of β, a number or λ(t), see `cutoff`
     rule: str = "fa",      # feedback through b ("fa") or β ("bp")
-    engine: str = "gram",  # "full", "gram", or for linear nets "reduced"
+    engine: str = "gram",  # "full" (cheaper for n > 2d), "gram", or for linear nets "reduced"
 ) -> Run:
     "Train by @eq-cv-step, engines of @thm-cv-gram, @thm-cv-rank-one; ValueError for bad input."
     lams = _schedule(net, X, y, eta, steps, lam, rule, engine)
@@ -199,48 +218,74 @@ def train(
         run = {"full": _full, "gram": _gram, "reduced": _reduced}[engine]
         return run(net, X, y, eta, lams, rule)
 
-# %% ../nbs/02a_convergence.ipynb #355bca85
+# %% ../nbs/02a_convergence.ipynb #04cb53eb
 def kernels(
     net: TwoLayer,
     X: Tensor,         # inputs, (n, d)
     rule: str = "fa",  # feedback through b ("fa") or β ("bp")
 ) -> tuple[Tensor, Tensor]: # G and H, (n, n)
-    "Return the two kernels of @eq-cv-kernels."
+    "Return the two kernels of @eq-cv-kernels; raise ValueError for another rule."
+    _checked_rates(1.0, (), rule)
     psi, slope = ACTIVATIONS[net.activation]
     Z, p = X @ net.W.mT, len(net.b)
     h, D, back = psi(Z), slope(Z), net.b if rule == "fa" else net.beta
     return h @ h.mT / p, (X @ X.mT) * ((D * (net.beta * back)) @ D.mT) / p
 
-# %% ../nbs/02a_convergence.ipynb #a6ab17b3
+# %% ../nbs/02a_convergence.ipynb #fdf1e835
 def gram_limit(
-    X: Tensor,                # inputs, (n, d), float64
+    X: Tensor,                # inputs, (n, d), floating
     activation: str = "tanh", # a key of `altbp.backprop.ACTIVATIONS`
-    nodes: int = 64,          # Gauss–Hermite nodes in each direction, for tanh and sigmoid
-) -> Tensor:                  # (n, n)
-    "Return G∞ of @thm-cv-limits: closed for identity and ReLU (@eq-cv-arccos), else by quadrature."
+    nodes: int | None = None, # points in each direction, for tanh and sigmoid; None: enough
+) -> Tensor:                  # (n, n), symmetric, computed in float64
+    "Return G∞ of @thm-cv-limits, closed (@eq-cv-arccos) or by quadrature; raise ValueError."
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    K, norm = X @ X.mT, X.norm(dim=1)
-    if activation == "identity": return K
+    if X.ndim != 2 or not X.is_floating_point() or not torch.isfinite(X).all():
+        raise ValueError(f"X: {tuple(X.shape)}, {X.dtype}: needs finite floating numbers, (n, d)")
+    if nodes is not None and nodes < 2: raise ValueError(f"nodes: {nodes} is less than 2")
+    V = X.double()
+    K, norm = V @ V.mT, V.norm(dim=1)
+    if activation == "identity": return K.to(X)
     cos = (K / torch.outer(norm, norm).clamp_min(1e-300)).clamp(-1, 1).fill_diagonal_(1.0)
-    if activation == "relu":
-        t = torch.arccos(cos)
-        return torch.outer(norm, norm) * (t.sin() + (math.pi - t) * cos) / (2 * math.pi)
-    u, w = (torch.as_tensor(a).to(X) for a in np.polynomial.hermite_e.hermegauss(nodes))
-    psi, w = ACTIVATIONS[activation][0], w / w.sum()
-    inner = cos[:, :, None, None] * u[:, None] + (1 - cos**2).sqrt()[:, :, None, None] * u
-    one = psi(norm[:, None] * u)  # ψ(‖x_i‖ u), (n, nodes)
-    return torch.einsum("a,c,ia,ijac->ij", w, w, one, psi(norm[:, None, None] * inner))
+    if activation != "relu": return _by_quadrature(cos, norm, activation, nodes).to(X)
+    t = torch.arccos(cos)
+    return (torch.outer(norm, norm) * (t.sin() + (math.pi - t) * cos) / (2 * math.pi)).to(X)
 
-# %% ../nbs/02a_convergence.ipynb #eca7a868
+# %% ../nbs/02a_convergence.ipynb #4f50235b
+def _by_quadrature(
+    cos: Tensor, norm: Tensor,          # of the inputs, (n, n) and (n,), float64
+    activation: str, nodes: int | None, # as for `gram_limit`
+) -> Tensor:                            # (n, n)
+    "Return E ψ(‖x_i‖ u) ψ(‖x_j‖ (cos u + sin v)) for independent N(0, 1) u and v."
+    steepest = max(1.0, norm.max().item()) if len(norm) else 1.0
+    nodes = nodes or 2 * math.ceil(8.5 * steepest / 0.35) + 1
+    u = torch.linspace(-8.5, 8.5, nodes, dtype=norm.dtype, device=norm.device)
+    w, psi = torch.softmax(-(u**2) / 2, 0), ACTIVATIONS[activation][0]
+    out = torch.empty_like(cos)
+    for i in range(len(norm)):
+        left = w * psi(norm[i] * u)  # (nodes,)
+        for js in torch.arange(i, len(norm)).split(max(1, 2**21 // nodes**2)):
+            c, size = cos[i, js, None, None], norm[js, None, None]
+            inner = psi(size * (c * u[:, None] + (1 - c**2).sqrt() * u))  # (pairs, nodes, nodes)
+            out[i, js] = out[js, i] = torch.einsum("a,c,jac->j", left, w, inner)
+    return out
+
+# %% ../nbs/02a_convergence.ipynb #8a23f7c1
 def displacement_bounds(
-    net: TwoLayer,  # at the start
+    net: TwoLayer,  # at the start, with tanh or sigmoid units
     X: Tensor,      # inputs with rows of norm 1, (n, d)
     y: Tensor,      # targets, (n,)
-    gamma: float,   # smallest eigenvalue of G∞
+    gamma: float,   # smallest eigenvalue of G∞, positive
     B0: float = 1.0, # bound of |ψ|; 1 for tanh and sigmoid
     B1: float = 1.0, # bound of |ψ'|; 1 for tanh, 1/4 for sigmoid
 ) -> tuple[Tensor, Tensor]: # bounds of |β_r(t) − β_r(0)| and ‖w_r(t) − w_r(0)‖, (p,) each
-    "Return how far the weights may move while the error contracts, @eq-cv-displacement."
+    "Return how far weights may move while e contracts, @eq-cv-displacement; raise ValueError."
+    _checked_data(net, X, y)
+    for name, v in (("gamma", gamma), ("B0", B0), ("B1", B1)):
+        if not 0 < v < math.inf: raise ValueError(f"{name}: {v} is not a positive number")
+    if net.activation not in ("tanh", "sigmoid"):
+        raise ValueError(f"net: {net.activation} has no bounds B0 and B1 of |ψ| and |ψ'|")
+    if len(X) and (X.norm(dim=1) - 1).abs().max() > 1e-4:
+        raise ValueError("X: some row's norm is not 1, as the bounds assume")
     unit = 4 * (len(X) / len(net.b)) ** 0.5 * (net(X) - y).norm() / gamma
     return torch.full_like(net.b, B0 * unit.item()), B1 * unit * net.b.abs()

@@ -1,4 +1,5 @@
 """Alignment: the accounts of ReLU neurons, the mean-field theory against simulation, the classifier against autograd."""
+import inspect
 import math
 from dataclasses import replace
 
@@ -77,6 +78,11 @@ def test_isometry():
     X = torch.diag(torch.tensor([1.0, 2.0]))
     assert isometry(X) == (1.0, 3.0)
     assert isometry(torch.ones(3, 2)) == (0.0, math.inf)  # more examples than dimensions
+    repeated = orthonormal(3, 9)[[0, 1, 2, 0]]
+    assert isometry(repeated) == isometry(repeated.float()) == (0.0, math.inf)
+    for bad in (X[:0], X[0], X / 0):
+        with pytest.raises(ValueError, match="X: shape"):
+            isometry(bad)
 
 
 # Mean field -------------------------------------------------------------------------------------------------------
@@ -88,6 +94,26 @@ def test_ode_predicts_wide_nets(Y, L, tau, cut):
     assert ode["tau"][0] == 0 and ode["tau"][-1] == tau and ode["cos"][0] == 0
     assert (ode["U"] - (Y - ode["R"] - ode["sigma"] * ode["A"])).abs().max() < 1e-8
     torch.testing.assert_close(ode["D"][-1], torch.tensor(math.exp(-L * min(tau, cut))).double(), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0, 50), st.floats(0, 200), st.floats(1, 2000))
+def test_ode_is_right_or_refuses(Y, L, tau):
+    try:
+        ode = alignment_ode(Y, L, tau, steps=400)
+    except ValueError as e:
+        assert "steps: 400 are too few" in str(e)
+        return
+    assert all(torch.isfinite(v).all() for v in ode.values())
+    fine = alignment_ode(Y, L, tau, steps=1600)
+    assert abs(fine["cos"][-1] - ode["cos"][-1]) < 0.02
+
+
+def test_ode_names_the_steps_that_stiff_problems_lack():
+    for args in [(1, 1, 10_000), (1, 100, 100)]:
+        with pytest.raises(ValueError, match="steps: 2000 are too few for tau"):
+            alignment_ode(*args)
+    assert torch.isfinite(alignment_ode(1, 100, 20, steps=10_000)["cos"]).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -113,12 +139,16 @@ def test_slow_alignment_is_the_limit_of_small_targets(theta, L):
 
 
 def test_theory_refuses_bad_arguments():
-    for args in [(-1, 1, 1), (1, -1, 1), (1, 1, 0), (1, 1, math.inf), (1, 1, 1, -1)]:
+    for args in [(-1, 1, 1), (1, -1, 1), (1, 1, 0), (1, 1, math.inf), (1, 1, 1, -1), (math.nan, 1, 1),
+                 (1, math.inf, 1), (math.inf, 1, 1), (1, 1, 1, math.nan)]:
         with pytest.raises(ValueError, match="Y, L"):
             alignment_ode(*args)
-    with pytest.raises(ValueError, match="Y: -1"):
-        final_alignment(-1)
-    for args in [(-1, 1), (1, -1), (float("nan"), 1)]:
+    with pytest.raises(ValueError, match="steps: 0"):
+        alignment_ode(1, 1, 1, steps=0)
+    for Y in (-1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="Y: "):
+            final_alignment(Y)
+    for args in [(-1, 1), (1, -1), (float("nan"), 1), (math.inf, 1), (1, math.inf)]:
         with pytest.raises(ValueError, match="theta, L"):
             slow_alignment(*args)
 
@@ -167,6 +197,31 @@ def test_classifier_step_follows_autograd():
     classifier_step(W1, W2, B, x, y, 0.1, 0.3)
     torch.testing.assert_close(W1, leaves[0].detach() - 0.1 * dW1)
     torch.testing.assert_close(W2, (1 - 0.03) * leaves[1].detach() - 0.1 * dW2)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(lam=-1.0), "lam: -1.0"), (dict(lam=1000.0), "lr \\* lam < 1"), (dict(lr=0.0), "lr = 0.0"),
+    (dict(batch=10**6), "batch: 1000000 of 50 examples"), (dict(steps=0), "steps: 0"), (dict(p=0), "p: 0")])
+def test_classifier_refuses_bad_arguments(change, message):
+    data = digits(n_train=50, n_test=10, flat=True)
+    with pytest.raises(ValueError, match=message):
+        fa_classifier(**(dict(data=data, lam=0.0, steps=1, batch=10) | change))
+    image = digits(n_train=50, n_test=10)
+    with pytest.raises(ValueError, match=r"data: x_train \(50, 1, 8, 8\)"):
+        fa_classifier(image, 0.0, 1, batch=10)
+
+
+def test_authors_experiment_refuses_what_it_lacks():
+    with pytest.raises(ValueError, match="activation: 'sigmoid' is not one of identity, relu, tanh"):
+        final_cosines("sigmoid", 20, 0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        final_cosines("relu", 20, 0, lams=(-0.1,))
+
+
+def test_guards_leave_the_text_that_identifies_stored_runs():
+    source = inspect.getsource(fa_classifier)
+    assert "def fa_classifier(" in source and "classifier_step(" in source
+    assert list(inspect.signature(fa_classifier).parameters)[:3] == ["data", "lam", "steps"]
 
 
 def test_alignment_of_deltas():

@@ -188,6 +188,30 @@ def test_gram_limit_closed_forms():
         gram_limit(X, "swish")
 
 
+@pytest.mark.parametrize("norm", [0.3, 1.0, 3.0, 150**0.5])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_gram_limit_of_steep_activations(activation, norm):
+    t = torch.tensor([0.0, 0.3, 2.5], dtype=torch.float64)
+    limit = gram_limit(norm * torch.stack([t.cos(), t.sin()], 1), activation)
+    u = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
+    diagonal = (torch.softmax(-(u**2) / 2, 0) * TORCH[activation](norm * u) ** 2).sum()
+    torch.testing.assert_close(limit.diagonal(), diagonal.expand(3), rtol=1e-9, atol=1e-12)
+    assert torch.equal(limit, limit.T)
+    finer = gram_limit(norm * torch.stack([t.cos(), t.sin()], 1), activation, nodes=900)
+    torch.testing.assert_close(limit, finer, rtol=0, atol=1e-9)
+
+
+def test_gram_limit_keeps_the_dtype_and_refuses_what_is_no_data():
+    X = torch.randn(4, 3, dtype=torch.float64, generator=rng())
+    low = gram_limit(X.float())
+    assert low.dtype == torch.float32 and (low - gram_limit(X)).abs().max() < 1e-6
+    for bad in (X[0], X.long(), X / 0):
+        with pytest.raises(ValueError, match="X: "):
+            gram_limit(bad)
+    with pytest.raises(ValueError, match="nodes: 1"):
+        gram_limit(X, nodes=1)
+
+
 def test_zero_input_has_zero_kernel():
     X = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     for activation in ("identity", "relu", "tanh"):
@@ -211,6 +235,19 @@ def test_error_contracts_and_weights_stay(seed):
     lam = 2 * gamma
     decayed = (2 * train(net, X, y, 0.5, 200, lam).loss).sqrt()
     assert (decayed[1:] <= (1 - 0.5 * gamma / 4 - 0.5 * lam) * decayed[:-1] + 0.5 * lam * y.norm() + 1e-12).all()
+
+
+def test_linear_error_contracts_at_half_gamma_with_decay():
+    for seed in range(3):
+        net, X, y = make(seed, 8, 60, 3000, "identity")
+        X = X / X.norm(dim=1, keepdim=True)
+        values = torch.linalg.eigvalsh(X @ X.T)
+        gamma, eta = values[0].item(), 0.3 / values[-1].item()
+        lam = torch.tensor([2 * gamma] * 100 + [0.0] * 100)
+        e = (2 * train(net, X, y, eta, 200, lambda t: lam[t].item(), engine="reduced").loss).sqrt()
+        bound = lambda last: (1 - eta * gamma / 2 - eta * lam) * e[:-1] + last * eta * lam * y.norm()
+        live = e[:-1] > 1e-9
+        assert (e[1:] <= bound(1.0))[live].all() and not (e[1:] <= bound(0.0))[live].all()
 
 
 # Bad input --------------------------------------------------------------------------------------------------------
@@ -242,9 +279,52 @@ def test_bad_data():
             train(net, *data, 0.1, 5)
 
 
+def test_bad_steps_and_kernels():
+    net, X, y = make(0, 4, 3, 5, "tanh")
+    for change, message in [(dict(rule="FA"), "rule: 'FA'"), (dict(lam=-1.0), "lam: -1.0"), (dict(eta=2.0, lam=0.5), "eta \\* lam < 1"),
+                            (dict(eta=-1.0), "eta: -1.0"), (dict(y=y[:, None]), r"y \(4, 1\)"), (dict(X=X[:, :2]), r"X \(4, 2\)")]:
+        with pytest.raises(ValueError, match=message):
+            fa_step(**(dict(net=net, X=X, y=y, eta=0.1) | change))
+    with pytest.raises(ValueError, match="rule: 'FA'"):
+        kernels(net, X, "FA")
+
+
+def test_bounds_of_displacement_need_their_assumptions():
+    net, X, y = make(0, 4, 3, 5, "tanh")
+    unit = X / X.norm(dim=1, keepdim=True)
+    beta, W = displacement_bounds(net, unit, y, 0.1)
+    assert beta.shape == W.shape == (5,) and (beta > 0).all() and (W > 0).all()
+    for gamma in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="gamma: "):
+            displacement_bounds(net, unit, y, gamma)
+    with pytest.raises(ValueError, match="norm is not 1"):
+        displacement_bounds(net, 10 * unit, y, 0.1)
+    with pytest.raises(ValueError, match="relu has no bounds"):
+        displacement_bounds(replace(net, activation="relu"), unit, y, 0.1)
+    with pytest.raises(ValueError, match="B1: 0"):
+        displacement_bounds(net, unit, y, 0.1, B1=0)
+
+
+def test_broken_weights_are_refused():
+    net, X, y = make(0, 4, 3, 5, "tanh")
+    for name in ("W", "beta", "b"):
+        with pytest.raises(ValueError, match=f"^{name}: not all finite"):
+            train(replace(net, **{name: getattr(net, name) / 0}), X, y, 0.1, 2)
+
+
+def test_half_precision_runs_to_the_end():
+    net = two_layer(6, 20, "tanh", torch.bfloat16, rng())
+    X, y = torch.randn(4, 6, generator=rng(1)).bfloat16(), torch.randn(4, generator=rng(2)).bfloat16()
+    for engine in ("full", "gram"):
+        run = train(net, X, y, 0.1, 5, engine=engine)
+        assert run.net.W.dtype == run.loss.dtype == torch.bfloat16 and torch.isfinite(run.loss).all()
+    exact = train(TwoLayer(net.W.double(), net.beta.double(), net.b.double()), X.double(), y.double(), 0.1, 5)
+    assert (run.net.W.double() - exact.net.W).abs().max() < 0.05
+
+
 def test_bad_networks():
     W, v = torch.zeros(5, 3), torch.zeros(5)
-    for args, message in [((W, v[:4], v), r"\(4,\)"), ((W, v, torch.zeros(2, 5)), r"\(2, 5\)"), ((v, v, v), "shapes"),
+    for args, message in [((W, v[:4], v), r"\(4,\)"), ((W[:0], v[:0], v[:0]), "p > 0"), ((W, v, torch.zeros(2, 5)), r"\(2, 5\)"), ((v, v, v), "shapes"),
                           ((W, v.double(), v), "dtype"), ((W.long(), v.long(), v.long()), "dtype"),
                           ((W, v, v, "swish"), "'swish'")]:
         with pytest.raises(ValueError, match=message):

@@ -1,10 +1,12 @@
 """Feedback alignment: layers, conversion, direct feedback, Kolen–Pollack, metrics."""
 from datetime import timedelta
+from collections import OrderedDict
 import copy
 import io
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +141,19 @@ def test_gradients_of_gradients_are_those_of_the_backward_pass():
     assert torch.autograd.gradcheck(lambda g: torch.autograd.grad(conv(x), conv.weight, g, create_graph=True)[0], [g])
 
 
+def test_second_derivatives_go_through_the_feedback_as_documented():
+    layer = fa.Linear(4, 3, generator=0, dtype=torch.float64)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    first, = torch.autograd.grad((layer(x) ** 2).sum() / 2, x, create_graph=True)
+    second, = torch.autograd.grad(first.sum(), x)
+    B, W = layer.feedback, layer.weight.detach()
+    torch.testing.assert_close(second, torch.ones(2, 4).double() @ B.T @ B)
+    with fa.exact(layer):
+        first, = torch.autograd.grad((layer(x) ** 2).sum() / 2, x, create_graph=True)
+        true, = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(true, torch.ones(2, 4).double() @ W.T @ W)
+
+
 def test_feedback_has_the_spread_of_torchs_weights():
     W = torch.empty(400, 300)
     for init in ("uniform", "normal"):
@@ -205,10 +220,24 @@ def test_backward_of_fresh_magnitudes_is_that_of_its_own_forward():
     (lambda: fa.convert(nn.Linear(2, 2), "dfa", example=torch.ones(1, 2)), "blocks: needs an nn.Sequential, got Linear"),
     (lambda: fa.weight_alignment(nn.Linear(2, 2)), "no converted layer"),
     (lambda: fa.kolen_pollack(nn.Linear(2, 2), None), "no layer with the rule 'kp'"),
+    (lambda: fa.fa_linear(torch.ones(4, 3), torch.ones(2, 3), None), "feedback: is None"),
+    (lambda: fa.fa_linear(torch.ones(4, 3), torch.ones(2, 3), torch.ones(2, 3).double()), "feedback: dtype torch.float64"),
+    (lambda: fa.fa_conv(torch.ones(1, 2, 5, 5), *torch.ones(2, 3, 2, 3, 3), padding="same"), "padding: 'same'"),
+    (lambda: fa.fa_conv(torch.ones(1, 2, 5, 5), *torch.ones(2, 3, 2, 3, 3), stride=(1, 1, 1)), r"stride: \(1, 1, 1\)"),
+    (lambda: fa.backward_weight(torch.ones(2, 3), torch.tensor(1.0), "foo", torch.tensor([1, 2])), "mode: 'foo'"),
+    (lambda: fa.convert(nn.Sequential(nn.LazyLinear(3))), "lazy layers"),
+    (lambda: fa.small_net("cnn", (1, 8, 8)), "kind: 'cnn'"),
 ])
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_seeds_are_integers_of_any_kind():
+    seed = np.int64(3)
+    assert torch.equal(fa.Linear(4, 3, generator=seed).feedback, fa.Linear(4, 3, generator=3).feedback)
+    with pytest.raises(TypeError, match="generator: float"):
+        fa.Linear(4, 3, generator=3.0)
 
 
 def test_a_refused_conversion_changes_nothing():
@@ -269,6 +298,42 @@ def test_convert_can_change_the_rule_and_skip_layers():
     assert type(model.fc) is nn.Linear
     again = fa.convert(model, "brsf", generator=0)
     assert again.twice.rule == "brsf" and again.twice.feedback.dim() == 0 and model.twice.rule == "fa"
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.alias = self.b
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_skipping_a_container_skips_what_is_in_it():
+    net = nn.Sequential(OrderedDict(body=Block(), head=nn.Linear(4, 2)))
+    ours = fa.convert(net, skip=["body"])
+    assert type(ours.body.a) is type(ours.body.b) is nn.Linear and type(ours.head) is fa.Linear
+    ours = fa.convert(net, skip=["body.alias"])  # a module has as many names as it is used
+    assert type(ours.body.b) is nn.Linear and type(ours.body.a) is fa.Linear
+    with pytest.raises(ValueError, match="nothing to convert"):
+        fa.convert(net, skip=["body", "head"])
+
+
+def test_models_that_cannot_be_copied_are_named():
+    net = nn.Sequential(nn.Linear(4, 3))
+    net.cache = net(torch.ones(1, 4))  # not a leaf, as the weight of torch's old weight_norm
+    with pytest.raises(ValueError, match="model: cannot be copied .* inplace=True"):
+        fa.convert(net)
+    assert type(fa.convert(net, inplace=True)[0]) is fa.Linear
+
+
+def test_conversion_within_inference_mode_can_be_trained():
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with torch.inference_mode():
+        model = fa.convert(plain, generator=0)
+    model(torch.ones(2, 4)).sum().backward()
+    assert model[0].weight.grad.any()
 
 
 def test_convert_warns_of_what_it_leaves():
@@ -406,6 +471,17 @@ def test_gradient_accumulation(rule):
             torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
+def test_fresh_magnitudes_under_torch_func_in_training():
+    layer = fa.Linear(4, 1, rule="brsf", generator=0)
+    p, b = dict(layer.named_parameters()), {k: v.clone() for k, v in layer.named_buffers()}
+    x = torch.randn(5, 4)
+    call = lambda p, b, x: torch.func.functional_call(layer, (p, b), (x,)).sum()
+    new = torch.func.grad(call)(p, b, x)  # the buffers are passed, and counted on
+    assert torch.equal(new["weight"], x.sum(0)[None]) and not torch.equal(b["feedback_key"], layer.feedback_key)
+    with pytest.raises(RuntimeError):  # as for BatchNorm: a captured buffer is not changed under a transform
+        torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,)).sum()), (None, 0))(p, x)
+
+
 def test_gradient_checkpointing():
     model, x, y = made("fa")
     expected = grads(copy.deepcopy(model), x, y)
@@ -521,6 +597,63 @@ def test_direct_feedback_of_one_number_an_example():
     torch.testing.assert_close(dW, ((torch.ones(5, 1) @ model.feedback_0) * (1 - h**2)).T @ x)
 
 
+def test_direct_feedback_of_tokens():
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randint(10, (5, 3))
+    model = fa.convert(net, "dfa", example=x, generator=0)
+    assert all(b.dtype == torch.float32 and b.any() for b in model.buffers())
+    F.cross_entropy(model(x), torch.zeros(5).long()).backward()
+    assert all(p.grad.any() for p in model.parameters())
+
+
+def test_direct_feedback_is_unwrapped_and_wraps_exact_layers():
+    net, (x, y) = cnn(), batch()
+    direct = fa.convert(fa.convert(net, "fa", generator=0), "dfa", example=x, generator=1)
+    assert {m.rule for m in direct.modules() if hasattr(m, "rule")} == {"bp", "dfa"}
+    reference = fa.convert(net, "dfa", example=x, generator=1)
+    for a, b in zip(grads(direct, x, y), grads(reference, x, y)):
+        torch.testing.assert_close(a, b)
+    assert len(direct) == 8 and [type(m) for m in reference] == [type(m) for m in net]
+    for rule in ("bp", "fa"):
+        back = fa.convert(direct, rule, generator=0)
+        assert type(back) is nn.Sequential and list(back.state_dict())[0] == "0.weight"
+        true = grads(net if rule == "bp" else fa.convert(net, "fa", generator=0), x, y)
+        for a, b in zip(grads(back, x, y), true):
+            torch.testing.assert_close(a, b)
+    again = fa.convert(direct, "dfa", example=x, generator=1)
+    assert again is not direct and torch.equal(again.feedback_0, reference.feedback_0)
+    with pytest.raises(ValueError, match="DirectFeedback inside"):
+        fa.convert(nn.Sequential(direct, nn.Linear(4, 2)), "fa")
+
+
+def test_direct_feedback_takes_both_laws():
+    net, (x, _) = cnn(), batch()
+    uniform = fa.convert(net, "dfa", example=x, generator=1, init="uniform")
+    normal = fa.convert(net, "dfa", example=x, generator=1)
+    N = normal.feedback_0.shape[1]
+    assert uniform.feedback_0.abs().max() <= math.sqrt(3 / N) < normal.feedback_0.abs().max()
+    assert uniform.feedback_0.std().item() == pytest.approx(1 / math.sqrt(N), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["rule", "names", "forward", "training", "feedback_0", "items"])
+def test_direct_feedback_refuses_names_of_its_own(name):
+    net = nn.Sequential()
+    net._modules.update({name: nn.Linear(4, 3), "out": nn.Linear(3, 2)})
+    with pytest.raises(ValueError, match=f"names \\['{name}'\\] are those of DirectFeedback"):
+        fa.DirectFeedback(net, torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("net, words", [
+    (lambda: nn.Sequential(nn.ReLU()), "none has a weight matrix"),
+    (lambda: nn.Sequential(nn.LSTM(4, 5), nn.Linear(5, 2)), "'0' returns a <class 'tuple'>"),
+])
+def test_direct_feedback_refuses_blocks_it_cannot_feed(net, words):
+    net = net().train()
+    with pytest.raises(ValueError, match=words):
+        fa.convert(net, "dfa", example=torch.ones(1, 7, 4))
+    assert net.training
+
+
 @given(st.integers(2, 40), st.integers(1, 30))
 @settings(max_examples=10)
 def test_direct_feedback_deltas_do_not_grow_with_the_feature_count(d, k):
@@ -573,6 +706,20 @@ def test_kolen_pollack_is_the_same_update_for_both():
     torch.testing.assert_close(model.feedback, B - 0.2 * (G + 0.1 * B))
 
 
+def test_kolen_pollack_is_the_rule_as_written_for_both_synapses():
+    model = fa.convert(nn.Linear(4, 3).double(), "kp", generator=0)
+    opt = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.2)
+    fa.kolen_pollack(model, opt)
+    W, B = model.weight.detach().clone(), model.feedback.clone()
+    for _ in range(30):
+        opt.zero_grad()
+        (model(torch.randn(5, 4).double()) - 1).tanh().pow(2).sum().backward()
+        opt.step()
+        W, B = W - 0.1 * (model.weight.grad + 0.2 * W), B - 0.1 * (model.weight.grad + 0.2 * B)
+    torch.testing.assert_close(model.weight.detach(), W)
+    torch.testing.assert_close(model.feedback, B)
+
+
 def test_kolen_pollack_refuses_what_cannot_shrink_and_changes_nothing():
     model = fa.convert(nn.Linear(4, 3), "kp", generator=0)
     with pytest.raises(ValueError, match="lr × weight_decay = 2.0 is not below 1"):
@@ -607,6 +754,27 @@ def test_update_alignment_against_two_models_and_no_trace(rule):
     for k, degrees in found.items():
         assert degrees == pytest.approx(angle(ours[k], true[k]), abs=1e-4)
     assert found["7.weight"] < 1e-3
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.unused, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.c(self.a(x).relu())
+
+
+def test_update_alignment_of_what_gets_gradients():
+    model, x, y = fa.convert(Unused(), generator=0), torch.randn(6, 4), torch.randint(2, (6,))
+    found = fa.update_alignment(model, x, y)
+    assert list(found) == ["a.weight", "c.weight"]
+    with torch.no_grad():
+        assert fa.update_alignment(model, x, y) == found
+    with pytest.raises(ValueError, match="no converted layer"):
+        fa.update_alignment(Unused(), x, y)
+    with pytest.raises(ValueError, match="no weight matrix of it requires a gradient"):
+        fa.update_alignment(model.requires_grad_(False), x, y)
 
 
 def test_dropout_is_the_same_in_both_passes():
