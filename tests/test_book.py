@@ -241,3 +241,21 @@ def test_tracked_files_name_no_machine():
         if path.is_file() and path.name != "test_book.py":
             found = re.search(rb"/(?:work|root|home|Users)/[\w.]|pypi\.org|files\.pythonhosted", path.read_bytes())
             assert not found, f"{f}: {found[0]}"
+
+
+# The home page ----------------------------------------------------------------------------------------------------
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: re.search(r"altbp\.(\w+)", code)[1])
+def test_the_readmes_first_results(code, capsys):
+    assert len(code.splitlines()) <= 5
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_readme_has_a_first_result_of_each_chapter():
+    used = {module for code in SNIPPETS for module in re.findall(r"altbp\.(\w+)", code)}
+    assert {"backprop", "feedback_alignment", "convergence", "target_prop", "reinmax", "stochastic_backprop_practice",
+            "parallel_backprop"} <= used
