@@ -168,7 +168,7 @@ def test_network_refuses():
     with pytest.raises(ValueError, match="widths: layer 3 grows from 4 to 6"):
         tp.InvertibleMLP([9, 5, 4, 6])
     tp.InvertibleMLP([2, 5, 4])  # the first layer may grow
-    for n in (0, 5, -1):
+    for n in (0, 5, -1, 2.5):
         with pytest.raises(ValueError, match="n_classes"):
             tp.InvertibleMLP([9, 4], n_classes=n)
     with pytest.raises(ValueError, match="init: 'zeros'"):
@@ -237,6 +237,11 @@ def test_output_error_refuses():
         tp.output_error(y, torch.zeros(5, 4), "hinge")
     with pytest.raises(ValueError, match="loss: expected a number"):
         tp.output_error(y, torch.zeros(5, 4), lambda s, t: (s - t) ** 2)
+    with pytest.raises(ValueError, match="loss: expected a number as a tensor, got 3.0"):
+        tp.output_error(y, torch.zeros(5, 4), lambda s, t: 3.0)
+    for n in (0, 7, 2.5):  # 7: the four scores would be cut to one by a negative padding
+        with pytest.raises(ValueError, match="n_classes: .* is not an integer from 1 to 4"):
+            tp.output_error(y, torch.zeros(5, dtype=torch.long), "mse", n)
 
 
 # Rules --------------------------------------------------------------------------------------------------------------
@@ -321,6 +326,17 @@ def test_tp_with_exact_inverses_is_itp(corrected):
     acts, e = prepared(model, x, t)
     inverses = [torch.linalg.inv(layer.weight.detach()) for layer in model.layers[1:]]
     assert worst(tp.tp_errors(model, acts, e, inverses, corrected=corrected), tp.itp_errors(model, acts, e)) < 1e-12
+
+
+def test_targets_stand_for_the_errors():
+    model = net(5, 2)
+    acts, e = prepared(model, *batch(model))
+    errors = tp.gait_errors(model, acts, e, 0.1)
+    targets = tp.layer_targets(acts, errors, 0.1)
+    for t, y, d, scale in zip(targets, acts.ys, errors, (0.01, 0.1, 1), strict=True):
+        torch.testing.assert_close(t, y - scale * d)
+    with pytest.raises(ValueError):  # not as many errors as layers
+        tp.layer_targets(acts, errors[1:])
 
 
 def test_gait_with_given_inverses():
@@ -469,6 +485,28 @@ def test_overflow_names_the_layer():
         gradients(model, x, t + 1e4, "itp")
 
 
+@pytest.mark.parametrize("form", ["literal", "adaptive"])
+def test_forms_by_targets_do_not_return_what_is_not_finite(form):
+    model = net(6, 3, activation="asinh", output_activation="identity")
+    acts, e = prepared(model, *batch(model))
+    with pytest.raises(FloatingPointError, match="layer 2: the error sent down"):
+        tp.gait_errors(model, acts, 1e9 * e, 0.5 if form == "literal" else 1e9, form)
+    with torch.no_grad():
+        model.layers[2].weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="layer 2: the error sent down"):
+        tp.gait_errors(model, acts, e, form=form)
+
+
+@pytest.mark.parametrize("wrong", [dict(kind="l2"), dict(penalise_from=1.5), dict(gamma=0), dict(penalty=-1)])
+def test_wrong_arguments_leave_no_gradients_behind(wrong):
+    model = net(6, 2)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tp.assign_gradients(model, *batch(model), **dict(penalty=0.1) | wrong)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="kind"):  # even where nothing is penalised
+        tp.assign_gradients(model, *batch(model), kind="l2")
+
+
 # Rounding -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n,gamma,dtype", [(64, 1e-2, torch.float64), (24, 1e-3, torch.float64), (64, 0.1, torch.float32)])
@@ -495,6 +533,11 @@ def test_noise_is_announced_with_its_layers():
     single = net(32, 4, dtype=torch.float32)
     with pytest.warns(UserWarning, match=r"layers 1 .*, 2 .*, 3 .*form='difference'"):
         gradients(single, *batch(single), form="literal")
+    with warnings.catch_warnings(record=True) as caught:  # one text for many batches, not one for each
+        warnings.simplefilter("always")
+        for seed in range(20):
+            gradients(model, *batch(model, seed=seed), form="literal")
+    assert len(caught) == 20 and len({str(w.message) for w in caught}) <= 4
     with pytest.warns(UserWarning, match="layers 1 .*4 "):
         gradients(single, *batch(single), form="adaptive")
     with warnings.catch_warnings():
@@ -777,6 +820,12 @@ def test_convert():
         tp.convert(plain, skip=["9"])
     with pytest.raises(ValueError, match="no square nn.Linear"):
         tp.convert(nn.Linear(3, 4))
+    shared = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    shared["b"] = shared["a"]
+    for name in "ab":  # either name of a module that has two
+        ours = tp.convert(shared, skip=[name])
+        assert type(ours["a"]) is nn.Linear and type(ours["c"]) is tp.InverseFeedbackLinear
+    ours = tp.convert(plain, skip=["2"])
     assert torch.equal(copy.deepcopy(ours)(x), pickle.loads(pickle.dumps(ours))(x))
 
 
