@@ -134,16 +134,15 @@ class Run:
     cos: Tensor   # cos(b, β) at the same times, (steps + 1,)
     # both in the net's dtype and on its device; of the reduced engine in float64, on the CPU
 
-# %% ../nbs/02a_convergence.ipynb #c5d1da34
+# %% ../nbs/02a_convergence.ipynb #3e84e81b
 def _full(net, X, y, eta, lams, rule) -> Run:
     "Run @eq-cv-step."
-    loss, cos = [], []
-    for lam in chain(lams, [None]):
+    curves = X.new_empty(2, len(lams) + 1)
+    for t, lam in enumerate(chain(lams, [None])):
         e = net(X) - y
-        loss.append(e @ e / 2)
-        cos.append(net.cos)
+        curves[0, t], curves[1, t] = e @ e / 2, net.cos
         if lam is not None: net = _step(net, X, y, eta, lam, rule)
-    return Run(net, torch.stack(loss), torch.stack(cos))
+    return Run(net, *curves)
 
 # %% ../nbs/02a_convergence.ipynb #1693e5f0
 _PSI = {  # tanh by way of the logistic function, whose kernel is several times faster on a CPU
@@ -156,24 +155,24 @@ _SLOPES = {  # ψ' ⊙ e bᵀ from the output h, in one pass: what torch's own b
     "relu": lambda h, eb: torch.ops.aten.threshold_backward(eb, h, 0),
 }
 
-# %% ../nbs/02a_convergence.ipynb #5be448ed
+# %% ../nbs/02a_convergence.ipynb #36409bf7
 def _gram(net, X, y, eta, lams, rule) -> Run:
     "Run @eq-cv-gram."
     psi, slope = _PSI.get(net.activation, ACTIVATIONS[net.activation][0]), _SLOPES[net.activation]
     K, Z0, b, beta, scale = X @ X.mT, X @ net.W.mT, net.b, net.beta, len(net.b) ** -0.5
-    Z, length, loss, cos = Z0.clone(), net.b.norm(), [], []
-    for lam in chain(lams, [None]):
+    Z, length, curves = Z0.clone(), net.b.norm(), X.new_empty(2, len(lams) + 1)
+    for t, lam in enumerate(chain(lams, [None])):  # a list of scalars would pin freed (n, p) blocks
         h = psi(Z)
         e = h @ beta * scale - y
-        loss.append(e @ e / 2)
-        cos.append(b @ beta / (length * beta.norm()).clamp_min(1e-30))
+        curves[0, t] = e @ e / 2
+        curves[1, t] = b @ beta / (length * beta.norm()).clamp_min(1e-30)
         if lam is None: break
         D = slope(h, torch.outer(e, b if rule == "fa" else beta))
         beta = torch.add((1 - eta * lam) * beta, e @ h, alpha=-eta * scale)
         Z.addmm_(K, D, alpha=-eta * scale)
     back = torch.linalg.pinv(X.to(torch.promote_types(X.dtype, torch.float32)))  # no half there
     W = net.W + (back.to(X.dtype) @ (Z - Z0)).mT
-    return Run(replace(net, W=W, beta=beta), torch.stack(loss), torch.stack(cos))
+    return Run(replace(net, W=W, beta=beta), *curves)
 
 # %% ../nbs/02a_convergence.ipynb #8242430f
 def _reduced(net, X, y, eta, lams, rule) -> Run:
