@@ -173,9 +173,9 @@ def _points(x, backbone, steps, generator):
         return x[:, None] + width[:, None, None, None, None] * noise
     return x[:, None]
 
-# %% ../nbs/06a_parallel_backprop.ipynb #8ab7fd6d
+# %% ../nbs/06a_parallel_backprop.ipynb #e72055e6
 def _evaluate(latent, x):
-    "Return latent(x), (B, c); raise where it is not of that shape, or not finite."
+    "Return latent(x), (B, c); raise where it is not of that shape."
     a = latent(x)
     if not isinstance(a, Tensor) or a.ndim != 2 or len(a) != len(x):
         shape = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
@@ -504,7 +504,7 @@ def _pulled(job, x, beta, index, sigma, which):
     jacobian = _Jacobian(job.latent, _points(x, job.backbone, job.steps, job.generator))
     return gaussian_smooth(jacobian.pull(weights[None])[0], sigma), (beta.abs() * error).sum(-1)
 
-# %% ../nbs/06a_parallel_backprop.ipynb #984c05b3
+# %% ../nbs/06a_parallel_backprop.ipynb #58b0733b
 @dataclass(frozen=True, eq=False)
 class SharedMaps:
     "Two images and what they share: maps, weights, similarity and what is certain about them."
@@ -512,8 +512,8 @@ class SharedMaps:
     map_in: Tensor
     beta: Tensor        # (c,)
     s: Tensor           # (), the similarity Σ β
-    bound: Tensor       # (), Σ |β|, no map has a larger norm
-    truncation: Tensor  # (), certified: the maps are at most so far from those with all features
+    bound: Tensor       # (), Σ |β|: no map has a larger norm (not so with normalize=False)
+    truncation: Tensor  # (), as certain: the maps are at most so far from those with all features
     norm_error: Tensor  # (2,), estimated: one standard error of the maps by norms="hutchinson"
     a_out: Tensor       # (c,), latents
     a_in: Tensor
@@ -614,7 +614,7 @@ class SharedFeatureExplainer:
         "Pick the most similar images of the pool, @eq-parallel-argmax (never x itself), and map both."
         return _explain(self, x, pool, neuron, references, options)
 
-# %% ../nbs/06a_parallel_backprop.ipynb #24eb9280
+# %% ../nbs/06a_parallel_backprop.ipynb #b1db44af
 def _explain(self, x, pool, neuron, references, options):
     "Do the work of `SharedFeatureExplainer.explain`."
     options = {"smooth": "after", "reduce": "l2"} | options
@@ -626,6 +626,9 @@ def _explain(self, x, pool, neuron, references, options):
     other = torch.ones(len(x), len(pool), dtype=torch.bool, device=x.device)
     if x.shape[1:] == pool.shape[1:]:
         other = torch.stack([(pool != one).flatten(1).any(1) for one in x])
+    if not 1 <= references <= other.sum(1).min():
+        raise ValueError(f"references: {references}, but the pool has {int(other.sum(1).min())} "
+                         "images other than x")
     index = select_reference(A, P, w, candidates=other, topk=references,
                              sign=options.get("sign", "paper"))[0].reshape(-1)
     with self.extractor:

@@ -225,7 +225,7 @@ class FitResult:
         "Return how many weights of each neuron are not zero."
         return (self.w != 0).sum(1)
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #6c4787de
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #5e080074
 def pearson(
     a: Tensor, # (N, ...)
     b: Tensor, # as a
@@ -234,9 +234,10 @@ def pearson(
     if a.shape != b.shape: raise ValueError(f"a: {tuple(a.shape)} is not the shape of b, {tuple(b.shape)}")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError("a, b: have entries that are not finite")
+    varied = (a != a[:1]).any(0) & (b != b[:1]).any(0)  # a mean is not exact, so compare entries
     a, b = a - a.mean(0), b - b.mean(0)
     size = a.norm(dim=0) * b.norm(dim=0)
-    return torch.where(size > 0, (a * b).sum(0) / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
+    return torch.where((size > 0) & varied, (a * b).sum(0) / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
 
 # %% ../nbs/06a_parallel_backprop_readouts.ipynb #eb9f9959
 def _responses(maps, y, n, name):
@@ -393,14 +394,14 @@ def spearman_brown(
     "Return the reliability 2r / (1 + r) of the two halves together."
     return 2 * r / (1 + r)
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #03bfa024
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #efb6a53e
 def reliability(
     trials: Tensor,     # responses by repeat, (repeats, images, channels)
     *,
     splits: int = 20,   # random halvings of the repeats
     generator: torch.Generator | None = None, # of the halvings; None: seed 0
 ) -> Tensor:            # (channels,)
-    "Return the split-half reliability of each channel's mean response, Spearman–Brown corrected."
+    "Return the split-half reliability of each channel's mean (of an even number of repeats), corrected."
     if trials.ndim != 3 or len(trials) < 2:
         raise ValueError("trials: expected (repeats ≥ 2, images, channels), "
                          f"got {tuple(trials.shape)}")
@@ -412,7 +413,7 @@ def reliability(
         out = out + pearson(trials[order[:half]].mean(0), trials[order[half:2 * half]].mean(0))
     return spearman_brown(out / splits)
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #b4d914ab
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #5ac98036
 @dataclass(frozen=True, eq=False)
 class Recordings:
     "Responses to images inside and outside of a category, and a split of those inside."
@@ -436,13 +437,23 @@ class Recordings:
 
     def report(self, predicted: Tensor) -> dict:
         "Return r_in, r_out (channels,) of predictions for all rows, and critical_in, critical_out."
+        if predicted.shape != self.y.shape:
+            raise ValueError(f"predicted: expected {tuple(self.y.shape)}, got {tuple(predicted.shape)}")
         rows = {"in": self.test, "out": self.out}
         short = [f"{k}: {len(i)}" for k, i in rows.items() if len(i) < 3]
         if short: raise ValueError(f"too few images for a correlation, {', '.join(short)}")
         return {f"r_{k}": pearson(predicted[i], self.y[i]) for k, i in rows.items()} | \
             {f"critical_{k}": critical_r(len(i)) for k, i in rows.items()}
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #d505a08a
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #9596aad7
+def _number(cell, where):
+    "Return a response; raise ValueError that says where it is missing or not a finite number."
+    try: value = float(cell)
+    except ValueError: value = math.nan
+    if not math.isfinite(value): raise ValueError(f"{where}: a response is {cell!r}, no finite number")
+    return value
+
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #1bca59e8
 _TRUE, _FALSE = {"1", "true", "yes"}, {"0", "false", "no"}
 
 def _read_csv(path):
@@ -459,21 +470,23 @@ def _read_csv(path):
         if r[c].lower() not in _TRUE | _FALSE:
             raise ValueError(f"{path}, line {n}: in_category is {r[c]!r}, expected 0 or 1")
     at = [k for k in range(len(head)) if k not in (i, c)]
-    try: y = np.array([[float(r[k]) for k in at] for r in rows])
-    except ValueError as e: raise ValueError(f"{path}: a response is not a number ({e})") from None
+    y = np.array([[_number(r[k], f"{path}, line {n}, {head[k]}") for k in at]
+                  for n, r in enumerate(rows, 2)])
     return [r[i] for r in rows], y, np.array([r[c].lower() in _TRUE for r in rows]), channels
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #1e0166c8
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #47f3df0a
 def _read_npz(path):
     "Return paths, responses, category and channels of a NumPy archive."
     with np.load(path, allow_pickle=False) as z:
         missing = {"images", "y", "in_category"} - set(z.files)
         if missing: raise ValueError(f"{path}: no array {', '.join(sorted(missing))} in {z.files}")
-        y = np.asarray(z["y"], dtype=float)
+        y, inside = np.atleast_1d(np.asarray(z["y"], dtype=float)), z["in_category"]
+        if inside.dtype.kind not in "biuf" or not np.isin(inside, (0, 1)).all():
+            raise ValueError(f"{path}: in_category must be bool, or 0 and 1")
         channels = z["channels"] if "channels" in z.files else np.arange(y.shape[-1])
-        return [str(p) for p in z["images"]], y, z["in_category"].astype(bool), [str(c) for c in channels]
+        return [str(p) for p in z["images"]], y, inside.astype(bool), [str(c) for c in channels]
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #ccc3c80c
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #92c8fa4a
 def load_recordings(
     path: str | Path, # .csv (columns image, in_category, one per channel) or .npz (images, y, in_category)
     *,
@@ -495,7 +508,8 @@ def load_recordings(
     if not inside.any(): raise ValueError(f"{path.name}: no image is in the category")
     rows = torch.from_numpy(inside.nonzero()[0])
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    n_val, n_test = (round(f * len(rows)) for f in fractions[1:])
+    n_val = round(fractions[1] * len(rows))
+    n_test = min(round(fractions[2] * len(rows)), len(rows) - n_val)
     train, val, test = rows.split([len(rows) - n_val - n_test, n_val, n_test])
     return Recordings([str(path.parent / p) for p in paths], torch.from_numpy(y).float(),
                       torch.from_numpy(inside), channels, train, val, test)

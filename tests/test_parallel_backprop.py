@@ -406,7 +406,7 @@ def test_more_errors():
     (lambda: select_stimuli(W, torch.rand(0, 8), torch.rand(0), torch.rand(3, 8)), ValueError, "y_in"),
     (lambda: shared_weights(*3 * [torch.rand(0)]), ValueError, "features"),
     (lambda: SharedFeatureExplainer(net(), "8", PooledReadout(8).double()).explain(X, Z[None], neuron=3), ValueError, "neuron"),
-    (lambda: SharedFeatureExplainer(net(), "8", PooledReadout(8).double()).explain(X, X[None]), ValueError, "topk"),
+    (lambda: SharedFeatureExplainer(net(), "8", PooledReadout(8).double()).explain(X, X[None]), ValueError, "images other than x"),
     (lambda: fit_readout(PooledReadout(8), torch.rand(0, 8), torch.rand(0)), ValueError, "y: expected"),
     (lambda: half_threshold(torch.arange(4), 0.1), TypeError, "z"),
     (lambda: pearson(torch.full((3, 1), math.nan), torch.rand(3, 1)), ValueError, "finite"),
@@ -516,6 +516,9 @@ def test_explainer_finds_the_reference_and_never_itself():
     assert torch.equal(one.x_in, pool[one.reference]) and one.map_out.shape == (12, 12)
     same = parallel_backprop(Latent(model), pool[4], pool[one.reference], w, sigma=1.0, smooth="after", reduce="l2")
     assert (same.map_in - one.map_in).abs().max() < 1e-14
+    for few, k, words in ((pool[4:5], 1, "pool has 0 images other than x"), (pool, 9, "references: 9")):
+        with pytest.raises(ValueError, match=words):
+            explainer.explain(pool[4], few, neuron=2, references=k)
     many = explainer.explain(pool[:2], pool, neuron=2, references=2, backbone="cam")
     assert torch.equal(many.reference, torch.cat([s[i].topk(2)[1] for i in (0, 1)]))
     import matplotlib
@@ -718,6 +721,7 @@ def test_reliability_and_pearson():
     assert spearman_brown(0.5) == pytest.approx(2 / 3)
     a, b = torch.rand(50, 2, generator=g), torch.rand(50, 2, generator=g)
     assert pearson(a, b)[0].item() == pytest.approx(np.corrcoef(a[:, 0], b[:, 0])[0, 1], abs=1e-6)
+    assert torch.full((7,), 0.1).mean() != 0.1 and pearson(torch.full((7,), 0.1), torch.full((7,), 0.3)) == 0
     with pytest.raises(ValueError, match="trials"):
         reliability(trials[:1])
     with pytest.raises(ValueError, match="shape"):
@@ -754,8 +758,8 @@ def test_recordings_from_csv_and_npz(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("image,u1\na,1\n", "in_category"), ("image,in_category,u1\na,maybe,1\n", "line 2"), ("image,in_category,u1\na,1,x\n", "not a number"),
-    ("image,in_category,u1\na,1\n", "line 2"), ("image,in_category,u1\na,1,nan\n", "not finite"), ("image,in_category\na,1\n", "do not fit"), ("image,in_category,u1\na,0,1\n", "no image is in"), ("", "in_category")])
+    ("image,u1\na,1\n", "in_category"), ("image,in_category,u1\na,maybe,1\n", "line 2"), ("image,in_category,u1\na,1,x\n", "line 2, u1: a response is 'x'"),
+    ("image,in_category,u1\na,1\n", "line 2"), ("image,in_category,u1\na,1,nan\n", "no finite"), ("image,in_category,u1,u2\na,1,2,3\nb,0,,3\n", "line 3, u1: a response is ''"), ("image,in_category\na,1\n", "do not fit"), ("image,in_category,u1\na,0,1\n", "no image is in"), ("", "in_category")])
 def test_recordings_say_what_is_wrong(tmp_path, text, words):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -771,3 +775,18 @@ def test_recordings_check_their_arguments(tmp_path):
     with pytest.raises(ValueError, match="too few"):
         recordings = load_recordings(tmp_path / "r.csv")
         recordings.report(recordings.y)
+    with pytest.raises(ValueError, match="predicted: expected"):
+        recordings.report(recordings.y[:9])
+
+
+@pytest.mark.parametrize("flags", [["1", "0"], ["True", "False"], [1.0, math.nan], [2, 0]])
+def test_a_category_that_is_not_yes_or_no_is_refused(tmp_path, flags):
+    np.savez(tmp_path / "r.npz", images=["a", "b"], y=np.ones((2, 1)), in_category=np.array(flags))
+    with pytest.raises(ValueError, match="in_category must be"):
+        load_recordings(tmp_path / "r.npz")
+
+
+def test_a_split_of_few_images_loses_none(tmp_path):
+    (tmp_path / "r.csv").write_text("image,in_category,u1\na,1,1\nb,1,2\nc,1,3\n")
+    r = load_recordings(tmp_path / "r.csv", fractions=(0, 0.5, 0.5))  # both halves round up
+    assert sorted(torch.cat([r.train, r.val, r.test]).tolist()) == [0, 1, 2]
