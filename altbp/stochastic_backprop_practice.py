@@ -313,7 +313,7 @@ def _output_size(conv, x): # a convolution, images (B, C, H, W)
     numbers = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in numbers)
 
-# %% ../nbs/05b_stochastic_backprop_practice.ipynb #ce2d1777
+# %% ../nbs/05b_stochastic_backprop_practice.ipynb #0e6b2001
 def _tiles(x, k): # images (B, C, H, W), height and width of a tile
     "Cut images into tiles (B, N, C·k·k), in the order of a convolution's weight."
     H, W = x.shape[2] // k[0], x.shape[3] // k[1]
@@ -335,7 +335,10 @@ def _tokens_forward(module, site, x): # any module, a `_Site`, (B, N, C) or (B, 
     if x.ndim == 3: sets = site.token_sets(x)
     elif x.ndim == 4: sets = site.keep_sets(tuple(x.shape[1:3]))
     else: raise ValueError(f"{site.name}: expected (B, N, C) or (B, H, W, C), got {tuple(x.shape)}")
-    if not any(sets): return site.dense(x)
+    if not any(sets):
+        y = site.dense(x)
+        if site.handle.probing: _check_rows(site, x, y)
+        return y
     y = site.apply(site.dense, x.flatten(1, -2), sets[0])
     return y.unflatten(1, x.shape[1:-1])
 
@@ -464,7 +467,7 @@ def paper_plan(
     halvings = [n for n, m in model.named_modules() if _is_downsample(m)][:2]
     return dict.fromkeys(sum(parts, []), "block") | dict.fromkeys(halvings, "downsample")
 
-# %% ../nbs/05b_stochastic_backprop_practice.ipynb #3d3eab13
+# %% ../nbs/05b_stochastic_backprop_practice.ipynb #93084785
 class _Masks:
     "The part of a handle that owns the masks."
     def __init__(self, source: MaskSource, heads: MaskSource | None):
@@ -492,7 +495,9 @@ class _Masks:
         return {n: s.state_dict() for n, s in (("masks", self.source), ("heads", self.heads)) if s}
 
     def load_state_dict(self, state: dict) -> None:
-        "Go on with the masks that would have come next."
+        "Go on with the masks that would have come next; raise ValueError for another mode's state."
+        if set(state) != set(own := self.state_dict()):
+            raise ValueError(f"state: {sorted(state)}, needs {sorted(own)}; mode 'head' has heads")
         self.source.load_state_dict(state["masks"])
         if self.heads: self.heads.load_state_dict(state["heads"])
 
@@ -559,7 +564,7 @@ def _draw_sets(handle, device): # an `SBPHandle`, the activations' device
         sets[op] = keep_set(mask, n_prefix=p, prob=prob).to(device)
     return sets
 
-# %% ../nbs/05b_stochastic_backprop_practice.ipynb #d21228d9
+# %% ../nbs/05b_stochastic_backprop_practice.ipynb #39b90454
 def _mask(handle, op): # an `SBPHandle`, name of an operation
     "Return the mask that an operation used last, bool on the CPU."
     size, p = next((size, p) for name, _, size, p in _draws(handle) if name == op)
@@ -567,6 +572,13 @@ def _mask(handle, op): # an `SBPHandle`, name of an operation
     flat = torch.zeros(math.prod(size) + p, dtype=torch.bool)
     flat[ks.keep.cpu()] = True
     return flat[p:].reshape(size)
+
+def _check_rows(site, x, y): # a `_Site`, its input and output in a trial run
+    "Raise TypeError unless every second position alone gets what it gets among all."
+    some, same = site.dense(x.flatten(1, -2)[:, ::2]), y.flatten(1, -2)[:, ::2]
+    if some.shape != same.shape or (some - same).norm() > 0.01 * same.norm():
+        raise TypeError(f"{site.name}: {type(site.module).__name__} joins positions, so the rule "
+                        "'tokens' does not fit")
 
 @torch.no_grad()
 def _probe(handle, model, args, kwargs): # an `SBPHandle`, the network, the arguments of a call
@@ -582,15 +594,17 @@ def _probe(handle, model, args, kwargs): # an `SBPHandle`, the network, the argu
     sizes = [s.size for s in handle.sites if s.size]
     if handle.source.shared and sizes: handle.source.base = min(sizes, key=math.prod)
 
-# %% ../nbs/05b_stochastic_backprop_practice.ipynb #8a2d6111
+# %% ../nbs/05b_stochastic_backprop_practice.ipynb #d7b6cd8b
 @torch.compiler.disable
 def _before(handle, model, args, kwargs): # as before
     "Draw the masks of this call, after a trial run if the inputs have a new shape."
     if handle.probing or not any(handle.active(s.module) for s in handle.sites): return
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     shapes = tuple(t.shape[1:] for t in tensors)
-    if shapes != handle.shapes: _probe(handle, model, args, kwargs)
-    handle.shapes = shapes
+    if shapes != handle.shapes:
+        handle.shapes = None  # a trial run that fails is repeated by the next call
+        _probe(handle, model, args, kwargs)
+        handle.shapes = shapes
     handle.sets = _draw_sets(handle, tensors[0].device if tensors else "cpu")
 
 def _found(model, test): # a network, a function of a module that returns None for "no"
@@ -684,7 +698,7 @@ def _compare(dense, runs, exact): # (d,), (m, d), whether the runs are the whole
            "cosine_of_mean": F.cosine_similarity(mean, dense, 0)}
     return {k: v.item() for k, v in out.items()}
 
-# %% ../nbs/05b_stochastic_backprop_practice.ipynb #3516c482
+# %% ../nbs/05b_stochastic_backprop_practice.ipynb #889a1a96
 class Patched:
     "Blocks whose forward was replaced, and forward hooks; `remove()` takes all of them away."
     def __init__(self, modules=(), hooks=(), source: MaskSource | None = None):
@@ -694,6 +708,7 @@ class Patched:
         "Undo what was done; a second call does nothing."
         for m in self.modules: vars(m).pop("forward", None)
         for h in self.hooks: h.remove()
+        self.modules, self.hooks = [], []
 
     def __enter__(self): return self
 

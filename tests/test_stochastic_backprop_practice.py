@@ -306,6 +306,32 @@ def test_a_run_that_fails_leaves_the_model_usable():
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+@pytest.mark.parametrize("make", [own_vit, timm_convnext], ids=lambda f: f.__name__)
+def test_a_trial_run_that_fails_is_repeated(make):
+    model, x = network(make), images(make)
+    handle = P.apply_sbp(model)
+    out, masks = model(x), handle.last_masks
+    with pytest.raises(RuntimeError): model(x[..., :6, :6])
+    assert torch.allclose(model(x), out, rtol=1e-11) and {k: m.shape for k, m in handle.last_masks.items()} == {k: m.shape for k, m in masks.items()}
+
+
+def test_a_second_remove_leaves_what_came_later():
+    model, x = network(own_vit), images(own_vit)
+    first = P.checkpoint_blocks(model)
+    first.remove()
+    with P.apply_sbp(model) as handle:
+        first.remove()
+        assert all("forward" in vars(s.module) for s in handle.sites)
+        sparse = gradients(model, x)[1]
+    assert error(sparse, gradients(model, x)[1]) > 1e-3
+
+
+@pytest.mark.parametrize("modes", [("query", "head"), ("head", "query")])
+def test_a_state_of_another_mode_is_refused(modes):
+    one, other = (P.apply_sbp(network(own_vit), mode=m) for m in modes)
+    with pytest.raises(ValueError, match="state: .*needs"): other.load_state_dict(one.state_dict())
+
+
 def test_options_that_do_not_fit():
     model = network(timm_vit)
     for error_type, match, options in (
@@ -338,6 +364,10 @@ def test_modules_that_join_positions_are_refused():
     for options in (dict(attn_drop_rate=0.1), dict(scale_attn_norm=True)):
         with pytest.raises(ValueError, match="blocks.1"): P.apply_sbp(timm_vit(**options))
     P.apply_sbp(timm_vit(attn_drop_rate=0.1), {"blocks.*": "mlp"})
+    net, x = network(own_vit), images(own_vit)
+    with P.apply_sbp(net, {"blocks.1.attn": "tokens"}), pytest.raises(TypeError, match="blocks.1.attn: Attention joins positions"): net(x)
+    for dtype in (F64, torch.float32, torch.bfloat16):
+        with P.apply_sbp(net.to(dtype), {"blocks.1.mlp": "tokens"}): net(x.to(dtype))
     class Other(P.ViTBlock): pass
     net = nn.Sequential(Other(4, 2))
     with pytest.raises(ValueError, match="does not fit"): P.apply_sbp(net, {"0": "block"})
