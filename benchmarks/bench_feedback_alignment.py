@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from altbp.feedback_alignment import convert, kolen_pollack
+from interleave import interleaved
 
 TARGETS = {"dfa": 0.92, "fa": 1.10, "usf": 1.12, "frsf": 1.12, "brsf": 1.35}  # on the MLP with batches of 128
 RULES = ("fa", "dfa", "usf", "frsf", "brsf", "kp")
@@ -71,13 +72,7 @@ def steppers(make, shape, biotorch):
 
 def measure(steps, rounds):
     """Median CPU time of plain backpropagation in ms, and the median ratio to it of every other step."""
-    times = {name: [] for name in steps}
-    for r in range(rounds + 5):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if r >= 5:
-                times[name].append(time.process_time() - start)
+    times = interleaved(steps, rounds, warm_up=5)
     plain = times.pop("bp")
     return 1e3 * statistics.median(plain), {k: statistics.median(a / b for a, b in zip(t, plain)) for k, t in times.items()}
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from altbp.target_prop import InvertibleMLP, assign_gradients, convert
+from interleave import interleaved
 
 SECONDS = {"float64": {"gait difference": 0.09, "gait difference, penalty, Adam": 0.35},
            "float32": {"gait difference": 0.05, "gait difference, penalty, Adam": 0.17}}
@@ -65,13 +66,7 @@ def steppers(dtype):
 
 def measure(steps, rounds):
     """Median CPU time in ms of every step, and the median of its ratios to backpropagation."""
-    times = {name: [] for name in steps}
-    for r in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if r >= 2:
-                times[name].append(time.process_time() - start)
+    times = interleaved(steps, rounds)
     return {name: {"ms": 1e3 * statistics.median(t), "min_ms": 1e3 * min(t),
                    "ratio": statistics.median(a / b for a, b in zip(t, times["bp"]))} for name, t in times.items()}
 
