@@ -476,7 +476,7 @@ def fa_layers(seed: int, device: str, quick: bool = False, case: str = "plain") 
     error = 100 * (1 - evaluate(model, data.x_test, data.y_test)["accuracy"])
     return out | {"loss": history.last("loss"), "test_error": error}
 
-# %% ../nbs/01_feedback_alignment.ipynb #dcad54ce
+# %% ../nbs/01_feedback_alignment.ipynb #2b5b54a1
 def kolen_pollack(
     model: nn.Module,                 # converted to the rule kp
     optimizer: torch.optim.Optimizer, # of the model's parameters
@@ -487,15 +487,21 @@ def kolen_pollack(
     decays = partial(_decays, layers, optimizer)
     decays()
     before = []
-    def pre(*_): before[:] = [(m.feedback - m.weight.detach(), d) for m, d in zip(layers, decays())]
+    def pre(*_): before[:] = [(m.feedback - _whole(m.weight), d) for m, d in zip(layers, decays())]
     @torch.no_grad()
     def post(*_):  # B + ΔW − ηλ(B − W), rearranged
-        for m, (gap, d) in zip(layers, before): torch.add(m.weight, gap, alpha=1 - d,
+        for m, (gap, d) in zip(layers, before): torch.add(_whole(m.weight), gap, alpha=1 - d,
                                                           out=m.feedback)
     hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
     return lambda: [h.remove() for h in hooks] and None
 
-# %% ../nbs/01_feedback_alignment.ipynb #76c99b8e
+# %% ../nbs/01_feedback_alignment.ipynb #ff63aee0
+def _whole(
+    weight: Tensor, # maybe split over the processes, as by FSDP
+) -> Tensor:
+    "Return all of the weight, without its graph."
+    return weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
+
 def _decays(
     layers: list, # with feedback that learns
     optimizer,    # of their weights

@@ -523,6 +523,44 @@ def test_ddp_two_processes_agree(tmp_path):
             assert torch.equal(v, b[rule][k]), (rule, k)
 
 
+def _shard(rank, file):
+    """Train beside a copy that one process holds whole; each process puts in half of the examples."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=120))
+    mesh, (x, y) = init_device_mesh("cpu", (2,)), batch(8)
+    for rule in DDP:
+        whole = fa.convert(cnn(), rule, generator=0, example=x)
+        for layer in whole.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()  # else each process normalises by its own half
+        split = copy.deepcopy(whole)
+        for layer in [m for m in split.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(split, mesh=mesh)
+        for net, part in ((whole, slice(None)), (split, slice(rank, None, 2))):
+            opt = torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.1)
+            if rule == "kp":
+                fa.kolen_pollack(net, opt)
+            for _ in range(2):
+                opt.zero_grad()
+                F.cross_entropy(net(x[part]), y[part]).backward()
+                opt.step()
+        for (k, p), q in zip(split.named_parameters(), whole.parameters()):
+            torch.testing.assert_close(p.full_tensor(), q.detach(), msg=lambda m: f"{rule} {k}: {m}")
+        for (k, b), c in zip(split.named_buffers(), whole.buffers()):
+            torch.testing.assert_close(b, c, msg=lambda m: f"{rule} {k}: {m}")
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp_two_processes_train_as_one(tmp_path):
+    torch.multiprocessing.spawn(_shard, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
 # Direct feedback ------------------------------------------------------------------------------------------------------
 
 def test_direct_feedback_is_the_formula():

@@ -414,7 +414,7 @@ def test_stored_results(name):
 
 
 def test_new_experiments_run_quickly(tmp_path):
-    for name in ("reinmax-codebook", "reinmax-listops-unseen"):
+    for name in ("reinmax-codebook", "reinmax-listops"):
         e = REGISTRY[name]
         assert run_experiment(e, (0,), "cpu", tmp_path, quick=True, cases=e.quick[:1], show=False) == (1, 0)
     book, = load_results(tmp_path / "reinmax-codebook.json")["runs"]
