@@ -53,8 +53,9 @@ notebooks: $(STAMP) ## re-execute every chapter and store its outputs
 	python tools/book.py run --all
 	python tools/book.py sync
 
-bench: $(STAMP) ## the timing and memory tables, side by side in one run
-	@for f in benchmarks/bench_*.py; do test -e "$$f" || { echo "no benchmarks yet"; break; }; python "$$f"; done
+bench: $(STAMP) ## every timing and memory table, side by side in one run; a GPU's too where there is one
+	@bad=; for f in benchmarks/bench_*.py; do echo "== $$f"; OMP_NUM_THREADS=1 python "$$f" || bad="$$bad $$f"; done; \
+		test -z "$$bad" || { echo "failed:$$bad"; exit 1; }
 
 clean: ## remove the site and the caches; keep .venv
 	rm -rf _docs _proc _preview .quarto nbdev.yml .pytest_cache .hypothesis

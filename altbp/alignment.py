@@ -326,9 +326,10 @@ def _classifier_arguments(a: dict) -> None:
 
 fa_classifier = _refuses(_classifier_arguments)(fa_classifier)
 
-# %% ../nbs/02b_alignment.ipynb #81aedf73
+# %% ../nbs/02b_alignment.ipynb #cd1cdc99
 @experiment("convergence-mnist", "784-1000-10 by feedback alignment, decay on the output layer",
-            cases=[dict(lam=lam, steps=n) for n in (1100, 30_000) for lam in (0.0, 0.1, 0.3)],
+            cases=[dict(lam=lam, steps=n) for n in (1100, 5100, 30_000)
+                   for lam in (0.0, 0.1, 0.3)],
             uses=(classifier_step, classifier_state, fa_classifier))
 def convergence_mnist(
     seed: int, device: str,

@@ -4,7 +4,7 @@
 __all__ = ['neuron_similarity', 'shared_weights', 'select_reference', 'select_pair', 'select_stimuli', 'gaussian_smooth',
            'feature_maps', 'combine_maps', 'feature_norms', 'SharedMaps', 'parallel_backprop', 'SharedFeatureExplainer']
 
-# %% ../nbs/06a_parallel_backprop.ipynb #5ae68754
+# %% ../nbs/06a_parallel_backprop.ipynb #c9835a60
 import math
 import warnings
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
 from .readouts import Latent, LatentExtractor
@@ -190,20 +191,46 @@ def _quiet(latent):
         if m.training and any(k in t.__name__ for k in kinds for t in type(m).__mro__):
             raise RuntimeError(f"latent: has a {type(m).__name__} in training mode, call model.eval()")
 
-# %% ../nbs/06a_parallel_backprop.ipynb #75f57d4a
+# %% ../nbs/06a_parallel_backprop.ipynb #a0307044
+def _affine(input, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    "Return F.batch_norm; with fixed statistics it is a scale and a shift."
+    if training: return F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    scale, shift = (t.to(input.dtype).view(-1, *[1] * (input.ndim - 2)) for t in (scale, shift))
+    return torch.addcmul(shift, input, scale)
+
+def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    "Return F.conv2d, on a CPU as a product of matrices if its channels are few."
+    if input.device.type != "cpu" or weight.shape[1] > 3 or groups > 1 or isinstance(padding, str):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in
+            zip(input.shape[-2:], weight.shape[2:], stride, padding, dilation)]
+    out = weight.flatten(1) @ F.unfold(input, weight.shape[2:], dilation, padding, stride)
+    return (out if bias is None else out + bias[:, None]).unflatten(-1, size)
+
+class _Lean(TorchFunctionMode):
+    "Run convolutions and fixed batch norms so that a batch of backward passes moves little memory."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return {F.batch_norm: _affine, F.conv2d: _conv}.get(func, func)(*args, **(kwargs or {}))
+
+# %% ../nbs/06a_parallel_backprop.ipynb #9f00cca4
 class _Jacobian:
     "The Jacobian of a latent, averaged over points: its rows, and its product with covectors."
     def __init__(self, latent, points, guided=False):
         self.shape, flat = points.shape[:2], points.flatten(0, 1)
         with torch.inference_mode(False), torch.enable_grad():
             self.x = flat.detach().clone().requires_grad_()
-            with sdpa_kernel(SDPBackend.MATH), (_Guided() if guided else nullcontext()) as mode:
-                self.a = _evaluate(latent, self.x)
+            mode = _Guided() if guided else nullcontext()
+            with sdpa_kernel(SDPBackend.MATH), _Lean(), mode: self.a = _evaluate(latent, self.x)
         if guided and not mode.count: raise ValueError("backbone: guided finds no ReLU in the latent")
         if not self.a.requires_grad: raise ValueError("latent: autograd finds no way from the image to it")
 
     def pull(self, v): # (k, B, c) to (k, B, C, H, W)
         B, m = self.shape
+        if not len(v): return self.x.new_zeros(0, B, *self.x.shape[1:])
         def back(v): return torch.autograd.grad(self.a, self.x, v, retain_graph=True)[0]
         with torch.inference_mode(False):
             v = (v.to(self.a.dtype) / m).repeat_interleave(m, 1).clone()
@@ -212,7 +239,7 @@ class _Jacobian:
     def rows(self, index): # (B, k) to (B, k, C, H, W)
         return self.pull(F.one_hot(index.mT, self.a.shape[1])).transpose(0, 1)
 
-# %% ../nbs/06a_parallel_backprop.ipynb #ea5bdc70
+# %% ../nbs/06a_parallel_backprop.ipynb #65c8c376
 def _cam(latent, x):
     "Return the function index (B, k) ↦ upsampled activation maps, (B, k, 1, H, W)."
     if not callable(getattr(latent, "maps", None)):
@@ -220,6 +247,7 @@ def _cam(latent, x):
     with torch.no_grad(): maps = latent.maps(x)
     if maps.ndim != 4: raise ValueError(f"latent.maps: cam needs (B, c, h, w), got {tuple(maps.shape)}")
     def rows(index):
+        if not index.numel(): return x.new_zeros(*index.shape, 1, *x.shape[2:])
         kept = maps.gather(1, index[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
         return F.interpolate(kept, x.shape[2:], mode="bilinear")[:, :, None]
     return rows
@@ -240,13 +268,13 @@ def _rows(latent, x, backbone, steps, generator):
     points = _points(x, backbone, steps, generator)
     return _Jacobian(latent, points, backbone == "guided").rows
 
-# %% ../nbs/06a_parallel_backprop.ipynb #577513d1
+# %% ../nbs/06a_parallel_backprop.ipynb #cdcc004e
 def _size(chunk_size, x, backbone="grad", steps=1):
-    "Return how many features to take at a time: as asked, or 2¹⁵ entries of maps, at least 24 maps."
+    "Return how many features to take at a time: as asked, or 2¹⁴ entries of maps, at least 16 maps."
     points = steps if backbone in ("ig", "smoothgrad") else 1
-    return chunk_size or max(1, max(24, 2**15 // x.numel()) // points)
+    return chunk_size or max(1, max(16, 2**14 // x.numel()) // points)
 
-# %% ../nbs/06a_parallel_backprop.ipynb #813ac691
+# %% ../nbs/06a_parallel_backprop.ipynb #7c1e1d2a
 def _check(backbone="grad", steps=16, sigma=0.0, chunk_size=None, n_probe=128, **options):
     "Raise ValueError for an option that is unknown or out of range."
     known = {"smooth": ("before", "after"), "reduce": ("signed", "l2", "abs"),
@@ -258,8 +286,8 @@ def _check(backbone="grad", steps=16, sigma=0.0, chunk_size=None, n_probe=128, *
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(known[name])}")
     for name, value in (("steps", steps), ("chunk_size", chunk_size), ("n_probe", n_probe)):
         least = 2 if name == "n_probe" else 1
-        if value is not None and value < least:
-            raise ValueError(f"{name}: must be at least {least}, got {value}")
+        if value is not None and (value < least or value != int(value)):
+            raise ValueError(f"{name}: must be a whole number, at least {least}, got {value}")
     if not 0 <= sigma < math.inf: raise ValueError(f"sigma: must be finite, not negative, got {sigma}")
 
 # %% ../nbs/06a_parallel_backprop.ipynb #ad2e433c
@@ -272,7 +300,7 @@ def _images(**images):
             raise ValueError(f"{name}: expected (B, C, H, W), none of them 0, got {tuple(x.shape)}")
         if not torch.isfinite(x).all(): raise ValueError(f"{name}: has entries that are not finite")
 
-# %% ../nbs/06a_parallel_backprop.ipynb #58b0557b
+# %% ../nbs/06a_parallel_backprop.ipynb #970f8a93
 def feature_maps(
     latent: Callable, # images (N, C, H, W) to (N, c)
     x: Tensor,        # images, (B, C, H, W)
@@ -287,7 +315,10 @@ def feature_maps(
     _images(x=x); _check(backbone, steps, chunk_size=chunk_size); _quiet(latent)
     with torch.no_grad(): every = torch.arange(_evaluate(latent, x[:1]).shape[1], device=x.device)
     index = every if index is None else index
-    if index.shape[:-1] not in ((), x.shape[:1]) or not torch.isin(index, every).all():
+    if not isinstance(index, Tensor) or index.dtype != torch.long:
+        raise TypeError("index: expected a tensor of dtype torch.long")
+    if (index.shape[:-1] not in ((), x.shape[:1]) or not index.ndim
+            or not torch.isin(index, every).all()):
         raise ValueError(f"index: expected (k,) or ({len(x)}, k) of 0 … {len(every) - 1}")
     index = index.expand(len(x), -1)
     rows = _rows(latent, x, backbone, steps, generator)
@@ -579,7 +610,7 @@ def parallel_backprop(
                       torch.stack([e_out, e_in], -1), a_out, a_in, x_out, x_in)
     return maps[0] if single else maps
 
-# %% ../nbs/06a_parallel_backprop.ipynb #330f49fb
+# %% ../nbs/06a_parallel_backprop.ipynb #e9f0c909
 class SharedFeatureExplainer:
     "Find the reference of an image and map what the two share, for any model and readout."
     def __init__(
@@ -591,7 +622,7 @@ class SharedFeatureExplainer:
         preprocess: Callable | None = None, # differentiable, on the images
         output: Callable | None = None,     # on the layer's output, e.g. tokens to (N, c, h, w)
     ):
-        self.extractor, self.readout = LatentExtractor(model, layer, preprocess, output), readout
+        self.extractor, self.readout = LatentExtractor(model, layer, preprocess, output), _readable(readout)
 
     def latent(self, neuron: int = 0) -> Latent:
         "Return what one neuron reads, as a function of images."
@@ -614,7 +645,14 @@ class SharedFeatureExplainer:
         "Pick the most similar images of the pool, @eq-parallel-argmax (never x itself), and map both."
         return _explain(self, x, pool, neuron, references, options)
 
-# %% ../nbs/06a_parallel_backprop.ipynb #b1db44af
+# %% ../nbs/06a_parallel_backprop.ipynb #fc92e697
+def _readable(readout):
+    "Return a readout; raise TypeError if it lacks what an explainer asks of it."
+    for name in ("features", "weight"):
+        if not hasattr(readout, name):
+            raise TypeError(f"readout: a {type(readout).__name__} has no .{name}, see altbp.readouts")
+    return readout
+
 def _explain(self, x, pool, neuron, references, options):
     "Do the work of `SharedFeatureExplainer.explain`."
     options = {"smooth": "after", "reduce": "l2"} | options

@@ -8,12 +8,12 @@ __all__ = ['GLYPHS', 'LIMBS', 'CORES', 'PARTS', 'SINGLE', 'PAIR', 'METHODS', 'CO
            'retrieval', 'flips', 'reference_flip', 'rank_correlation', 'randomised', 'deletion', 'sanity', 'inhibition',
            'category_neuron', 'planted_digits', 'planted_figures']
 
-# %% ../nbs/06b_planted_parts.ipynb #a7c940b8
+# %% ../nbs/06b_planted_parts.ipynb #28735dbd
 import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import permutations
 
 import torch
@@ -217,7 +217,46 @@ def _figure(
 # %% ../nbs/06b_planted_parts.ipynb #3c5ba3a8
 PARTS = {"glyphs": list(GLYPHS), "digits": list("0123456789"), "figures": list(LIMBS)}
 
-# %% ../nbs/06b_planted_parts.ipynb #f642e7ec
+# %% ../nbs/06b_planted_parts.ipynb #34be6773
+def _guarded(test):
+    "Decorate a function with a test of its arguments: the test raises, or the function is called."
+    def decorate(f):
+        @wraps(f)
+        def call(*args, **kwargs):
+            test(*args, **kwargs)
+            return f(*args, **kwargs)
+        return call
+    return decorate
+
+def _known(world, *_, **__):
+    if world not in PARTS: raise ValueError(f"world: {world!r} is not one of {', '.join(PARTS)}")
+
+def _scene(world, parts, generator, *_, **__):
+    _known(world)
+    k = 8 if world == "figures" else 9  # places
+    if parts.dtype != torch.long or not parts.numel() or parts.min() < -1 or parts.shape[-1] > k:
+        raise ValueError(f"parts: expected (n, k) labels of dtype long, n ≥ 1, 1 ≤ k ≤ {k}")
+
+def _enough(chance, n, generator):
+    if chance.ndim != 1 or (chance > 0).sum() < 2 or (chance >= 1).sum() > 5:
+        raise ValueError("chance: expected (n_parts,), and two to five parts that can show at once")
+
+def _roles(n, n_parts, generator, inhibitors=0):
+    if not 0 <= inhibitors <= n_parts - 3:
+        raise ValueError(f"n_parts: {n_parts} is too few for 3 drivers, {inhibitors} inhibitors")
+
+def _three(neuron, n, generator):
+    if (neuron.gains > 0).sum() != 3: raise ValueError("neuron: casting needs three drivers")
+
+def _some(net, layers, seed):
+    if not 1 <= layers <= 4: raise ValueError(f"layers: {layers} is not in 1 … 4")
+
+def _marked(maps, masks):
+    if masks.dtype != torch.bool or masks.ndim != 4 or masks.shape[1] < 3 or len(maps) != len(masks):
+        raise ValueError("masks: expected bool (n, k ≥ 3, h, w), as many as maps")
+
+# %% ../nbs/06b_planted_parts.ipynb #fb027c47
+@_guarded(_scene)
 def render(
     world: str,             # a key of PARTS
     parts: Tensor,          # (n, k) labels, −1 for an empty place
@@ -237,7 +276,8 @@ def render(
     images = 0.2 + 0.8 * canvas + noise * torch.randn(canvas.shape, generator=generator)
     return Stimuli(images[:, None], parts, masks)
 
-# %% ../nbs/06b_planted_parts.ipynb #e3df4041
+# %% ../nbs/06b_planted_parts.ipynb #cba80669
+@_guarded(_enough)
 def random_parts(
     chance: Tensor,  # (n_parts,) probability of each part
     n: int,          # images
@@ -299,8 +339,9 @@ def _robust_rule(
         return value.detach()
     return gradients
 
-# %% ../nbs/06b_planted_parts.ipynb #eb8fcd91
+# %% ../nbs/06b_planted_parts.ipynb #c679d93d
 @lru_cache
+@_guarded(_known)
 def trained_net(
     world: str,           # a key of PARTS
     c: int = 256,         # channels of the latent layer
@@ -387,7 +428,8 @@ def fit_neuron(
     return Fitted(neuron, w, result.bias.item(), pearson(A_in @ w, y_in).item(),
                   pearson(A_out @ w, y_out).item())
 
-# %% ../nbs/06b_planted_parts.ipynb #9f287cad
+# %% ../nbs/06b_planted_parts.ipynb #453d9137
+@_guarded(_roles)
 def neurons(
     n: int,
     n_parts: int,
@@ -401,6 +443,7 @@ def neurons(
     gains.scatter_(1, order[:, 3:3 + inhibitors], -0.8)
     return [Neuron(g) for g in gains]
 
+@_guarded(_three)
 def cast(
     neuron: Neuron,
     n: int,              # pairs
@@ -417,7 +460,7 @@ def cast(
         letters |= {name: labels[orders[:, i]] for i, name in enumerate(names[:len(labels)])}
     return letters
 
-# %% ../nbs/06b_planted_parts.ipynb #95ad8066
+# %% ../nbs/06b_planted_parts.ipynb #d11b5d1b
 def stage(
     world: str,
     letters: dict[str, Tensor], # of `cast`
@@ -426,6 +469,8 @@ def stage(
     body: bool = True,
 ) -> Stimuli:
     "Render the images that a recipe describes; masks are in the recipe's order."
+    if not recipe or set(recipe) - set(letters):
+        raise ValueError(f"recipe: {recipe!r} has letters other than {''.join(sorted(letters))}")
     return render(world, torch.stack([letters[l] for l in recipe], 1), generator, body)
 
 def staged_pairs(
@@ -442,17 +487,19 @@ def staged_pairs(
     return [out] + [stage(world, letters, r,
                           torch.Generator().manual_seed(seed)) for r in recipes[1:]]
 
-# %% ../nbs/06b_planted_parts.ipynb #7c87739a
+# %% ../nbs/06b_planted_parts.ipynb #acfb5453
 def auc(
     high: Tensor, # (n,)
     low: Tensor,  # (m,)
 ) -> float:
     "Return the probability that an entry of `high` exceeds one of `low`, ties counting half."
     if not len(high) or not len(low): raise ValueError("high, low: one of them is empty")
+    if high.isnan().any() or low.isnan().any(): raise ValueError("high, low: have NaN entries")
     low = low.sort().values
     below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
     return below.double().mean().item() / (2 * len(low))
 
+@_guarded(_marked)
 def scores(
     maps: Tensor,  # (n, h, w), not negative
     masks: Tensor, # (n, k, h, w) bool: target, rival driver, shared distractor, …
@@ -619,9 +666,10 @@ SHARED = (draw, _tiles, _collage, _figure, render, random_parts, PartNet, traine
           neurons, cast, _sample, fit_neuron, PairMaps, shared_map, pair_maps, fitted_neurons,
           staged_pairs)
 
-# %% ../nbs/06b_planted_parts.ipynb #dd0b3a78
+# %% ../nbs/06b_planted_parts.ipynb #0947a23c
 @experiment("parallel-planted", "Maps against planted truth: the reference table on glyphs",
-            cases=[dict(c=256), dict(c=64, methods="core")], uses=(*SHARED, scores, score_table))
+            cases=[dict(c=256), dict(c=64, methods="core")], quick=[dict(c=256)],
+            uses=(*SHARED, scores, score_table))
 def planted(
     seed: int,           # network, neurons, pairs
     device: str,         # cpu
@@ -821,7 +869,8 @@ def rank_correlation(
     rank = lambda m: m.flatten(1).argsort(1).argsort(1).double().T
     return pearson(rank(a), rank(b))
 
-# %% ../nbs/06b_planted_parts.ipynb #3e6c29dd
+# %% ../nbs/06b_planted_parts.ipynb #b89dfc84
+@_guarded(_some)
 def randomised(
     net: PartNet,
     layers: int,  # how many convolutions, from the last one back
@@ -926,11 +975,11 @@ def category_neuron(
     tests = [_sample(net, world, neuron, 200, b, generator) for b in (True, False)]
     return Fitted(neuron, w, 0.0, *(pearson(A @ w, y).item() for A, y, _ in tests))
 
-# %% ../nbs/06b_planted_parts.ipynb #f3c654b1
+# %% ../nbs/06b_planted_parts.ipynb #c255ed80
 @experiment("parallel-digits",
             "Maps against planted truth: collages of digits, plain and robust networks",
-            cases=[dict(c=256, radius=0.4), dict(c=64, radius=0.0)], uses=(*SHARED, scores,
-                                                                           score_table))
+            cases=[dict(c=256, radius=0.4), dict(c=64, radius=0.0)],
+            quick=[dict(c=64, radius=0.0)], uses=(*SHARED, scores, score_table))
 def planted_digits(
     seed: int,           # network, neurons, pairs
     device: str,         # cpu

@@ -261,7 +261,7 @@ def _check_fit(penalty, lam, optimizer, lr, epochs, batch_size, patience, val):
         if value is not None and value < 1: raise ValueError(f"{name}: must be at least 1, got {value}")
     if patience is not None and val is None: raise ValueError("patience: needs a validation set, val")
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #3364bf45
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #38b8877d
 def fit_readout(
     readout: nn.Module,        # Pooled-, Gaussian- or FactorizedReadout; is changed in place
     maps: Tensor,              # latents of the images of the fit, (N, c, h, w) or (N, c)
@@ -280,6 +280,7 @@ def fit_readout(
 ) -> FitResult:
     "Minimise @eq-readout-fit for each neuron; raise ValueError for shapes or options that do not fit."
     _check_fit(penalty, lam, optimizer, lr, epochs, batch_size, patience, val)
+    if not torch.is_floating_point(maps): raise TypeError(f"maps: {maps.dtype} is not floating point")
     y = _responses(maps, y, readout.n, "y")
     if val is not None: val = val[0], _responses(val[0], val[1], readout.n, "val")
     if optimizer == "prox": history = _prox(readout, maps, y, penalty, lam, epochs)
@@ -394,7 +395,7 @@ def spearman_brown(
     "Return the reliability 2r / (1 + r) of the two halves together."
     return 2 * r / (1 + r)
 
-# %% ../nbs/06a_parallel_backprop_readouts.ipynb #efb6a53e
+# %% ../nbs/06a_parallel_backprop_readouts.ipynb #37841163
 def reliability(
     trials: Tensor,     # responses by repeat, (repeats, images, channels)
     *,
@@ -405,6 +406,7 @@ def reliability(
     if trials.ndim != 3 or len(trials) < 2:
         raise ValueError("trials: expected (repeats ≥ 2, images, channels), "
                          f"got {tuple(trials.shape)}")
+    if splits < 1: raise ValueError(f"splits: must be at least 1, got {splits}")
     generator = generator or torch.Generator().manual_seed(0)
     out = 0
     for _ in range(splits):

@@ -100,14 +100,15 @@ def _masked(
         raise ValueError(f"logits: expected finite values or -inf masks, got {got}")
     return least == 0
 
-# %% ../nbs/04a_reinmax.ipynb #12f392c7
+# %% ../nbs/04a_reinmax.ipynb #323e0713
 def _softmax(
     x,      # (..., N) logits, categories last
     tau=1., # temperature
 ):
     "Return softmax(x / tau) over the last dimension, in float32 for the half precisions."
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if isinstance(tau, (int, float)) and tau >= 1: return torch.softmax(x if tau == 1 else x / tau, -1)
+    if isinstance(tau, (int, float)) and tau >= 1: return torch.softmax(x if tau == 1 else x / tau,
+                                                                        -1)
     top = x.detach().amax(-1, keepdim=True) # taken off where the quotient overflows
     over = (x.detach() / tau).amax(-1, keepdim=True).isinf()
     if isinstance(tau, Tensor) and tau.ndim and _true(over.any()):
@@ -154,7 +155,7 @@ def _draw(
     u = torch.rand(*pi.shape[:-1], 1, dtype=wide, device=pi.device, generator=generator)
     return (cdf <= u * cdf[..., -1:]).sum(-1, keepdim=True)
 
-# %% ../nbs/04a_reinmax.ipynb #c639844a
+# %% ../nbs/04a_reinmax.ipynb #3a83ac37
 def _prepare(
     logits, dim, sample, generator, validate, # as in `reinmax`
 ):
@@ -178,7 +179,8 @@ def _tau_last(
     tau, logits, dim, # temperature against the logits (..., N, ...)
 ):
     "Return `tau` so that it broadcasts against logits whose categories were moved last."
-    info = torch.finfo(torch.promote_types(logits.dtype, torch.float32)) # a τ beyond it becomes 0 or inf
+    info = torch.finfo(torch.promote_types(logits.dtype,
+                                           torch.float32)) # a τ beyond it becomes 0 or inf
     low, high = (tau.min(), tau.max()) if isinstance(tau, Tensor) and tau.numel() else (tau, tau)
     fits = (low >= info.tiny) & (high <= info.max)
     if (_true(fits.all()) if isinstance(fits, Tensor) else fits) is False:
@@ -195,7 +197,7 @@ def softmax_jacobian(
     "Return J(q) = diag(q) − q qᵀ, @eq-reinmax-jacobian."
     return torch.diag_embed(q) - q[..., :, None] * q[..., None, :]
 
-# %% ../nbs/04a_reinmax.ipynb #dd47d718
+# %% ../nbs/04a_reinmax.ipynb #298b1ae8
 def one_hot_states(
     latents: int,          # L
     categories: int,       # N
@@ -207,10 +209,11 @@ def one_hot_states(
     latents, categories = _count("latents", latents), _count("categories", categories)
     if categories**latents > max_states:
         raise ValueError(f"max_states: {categories}^{latents} states are more than {max_states}")
-    index = torch.cartesian_prod(*[torch.arange(categories, device=device)] * latents).reshape(-1, latents)
+    index = torch.cartesian_prod(*[torch.arange(categories, device=device)] * latents).reshape(-1,
+                                                                                               latents)
     return torch.nn.functional.one_hot(index, categories).to(dtype)
 
-# %% ../nbs/04a_reinmax.ipynb #e7aae4a9
+# %% ../nbs/04a_reinmax.ipynb #5b8ed2b9
 def _states(
     logits,     # (N,) or (*batch, L, N)
     max_states, # the most that we enumerate
@@ -226,7 +229,8 @@ def _states(
     states, dead = states.expand(-1, *logits.shape), prob.detach() == 0
     if _true(dead.any()) is False: return states, prob
     mode = _one_hot(logits.detach().argmax(-1, keepdim=True), logits, logits.dtype)
-    return torch.where(dead.reshape(*dead.shape, *[1] * (states.ndim - dead.ndim)), mode, states), prob
+    return torch.where(dead.reshape(*dead.shape, *[1] * (states.ndim - dead.ndim)), mode,
+                       states), prob
 
 # %% ../nbs/04a_reinmax.ipynb #0827c718
 def _evaluate(
@@ -279,7 +283,7 @@ def exact_gradient(
         fixed = lambda s: torch.as_tensor(f(s)).detach()
         return torch.autograd.grad(expectation(fixed, leaf, max_states).sum(), leaf)[0]
 
-# %% ../nbs/04a_reinmax.ipynb #283fe2fd
+# %% ../nbs/04a_reinmax.ipynb #eea79d57
 class _Replace(Function):
     "Return the one-hot sample; pass the gradient on to the soft values that it replaces."
     generate_vmap_rule = True
@@ -302,13 +306,16 @@ def st(
     generator: torch.Generator | None = None, # random source
     return_probs: bool = False, # also return softmax(logits), differentiable
     validate: bool = True,      # look at the values (on a GPU: one synchronisation)
-) -> Tensor | tuple[Tensor, Tensor]: # exact one-hot D, shape and dtype of logits (and probabilities)
+) -> Tensor | tuple[Tensor,
+                    Tensor]: # exact one-hot D, shape and dtype of logits (and probabilities)
     """Draw D ~ Cat(softmax(logits)); backpropagate J(π_τ)g/τ, see @eq-reinmax-st.
 
     Raise TypeError for logits that aren't floating, ValueError for bad `tau`, `dim`, `sample` or rows."""
     tau = _check_tau(tau, least=1.0)
     x, pi, index, masked = _prepare(logits, dim, sample, generator, validate)
-    soft = pi if isinstance(tau, (int, float)) and tau == 1 else _softmax(x, _tau_last(tau, logits, dim))
+    soft = pi if isinstance(tau, (int, float)) and tau == 1 else _softmax(x,
+                                                                          _tau_last(tau, logits,
+                                                                                    dim))
     if masked: soft = torch.where(pi > 0, soft, 0)
     return _finish(_Replace.apply(soft, index, x.dtype), pi, x, dim, return_probs)
 
@@ -379,7 +386,7 @@ class _Heun(Function):
         r = 2 * (qg - q * qg.sum(-1, keepdim=True)) - 0.5 * (pg - pi * pg.sum(-1, keepdim=True))
         return r.to(ctx.dtype), None, None, None, None
 
-# %% ../nbs/04a_reinmax.ipynb #8df07ba7
+# %% ../nbs/04a_reinmax.ipynb #67dd0860
 def reinmax(
     logits: Tensor,             # (..., N, ...) floating point; -inf masks a category
     tau: float | Tensor = 1.0,  # temperature of π_τ inside the backward pass, never of the sampling
@@ -389,7 +396,8 @@ def reinmax(
     generator: torch.Generator | None = None, # random source
     return_probs: bool = False, # also return softmax(logits), differentiable
     validate: bool = True,      # look at the values (on a GPU: one synchronisation)
-) -> Tensor | tuple[Tensor, Tensor]: # exact one-hot D, shape and dtype of logits (and probabilities)
+) -> Tensor | tuple[Tensor,
+                    Tensor]: # exact one-hot D, shape and dtype of logits (and probabilities)
     """Draw D ~ Cat(softmax(logits)); backpropagate the second-order estimate @eq-reinmax-matrix.
 
     τ = 1 uses the closed form @eq-reinmax-closed. Raises as `st` does."""
@@ -478,7 +486,7 @@ class _BernoulliHalf(Function):
         other = torch.where(b > 0, 1 - p, p)
         return torch.where(other > 0, 0.5 * other * g.to(p.dtype), 0).to(ctx.dtype), None, None
 
-# %% ../nbs/04a_reinmax.ipynb #6244f8d2
+# %% ../nbs/04a_reinmax.ipynb #29fd3da5
 def _bits(
     sample, logits, # (...)
     validate,       # look at the values?
@@ -492,7 +500,8 @@ def _bits(
     b = sample.detach()
     if validate and _true(((b == 0) | (b == 1)).all()) is False:
         raise ValueError("sample: expected values 0 and 1")
-    if validate and _true((logits.detach() != torch.where(b > 0, -math.inf, math.inf)).all()) is False:
+    if validate and _true((logits.detach() != torch.where(b > 0, -math.inf,
+                                                          math.inf)).all()) is False:
         raise ValueError("sample: picks an outcome that an infinite logit excludes")
     return b
 

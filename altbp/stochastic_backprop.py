@@ -577,14 +577,14 @@ class _OwnGenerator:
         vars(self).update(state, generator=own and torch.Generator())
         if own: self.load_state_dict(own)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #ba2b6514
+# %% ../nbs/05a_stochastic_backprop.ipynb #1c997dd0
 class _Passes(_OwnGenerator):
     "What a source of masks knows of forward passes."
     def __repr__(self):
         how = f"mask={self.mask!r}, shared={self.shared}, base={self.base}"
         return f"MaskSource({self.keep_ratio:g}, {how})"
 
-    @torch.compiler.disable
+    @torch._disable_dynamo # as torch.compiler.disable, which loads the compiler when it decorates
     def refresh(self) -> None:
         "Forget the masks: a new forward pass begins."
         self.masks, self.sets = {}, {}
@@ -599,14 +599,16 @@ class _Passes(_OwnGenerator):
         "Refresh before every forward pass of a model; return the handle that undoes it."
         return model.register_forward_pre_hook(self._begin)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #77f8bb84
+# %% ../nbs/05a_stochastic_backprop.ipynb #2618111c
 def _check_source(
-    mask, generator, options, # as in `MaskSource`
+    mask, shared, base, generator, options, # as in `MaskSource`
 ):
     "Raise ValueError or TypeError for an unknown mask, option, or no generator."
     _check_sampler(mask)
     unknown = options.keys() - ({"lattice", "strict"} if mask == "grid" else set())
     if unknown: raise TypeError(f"options: a source of {mask} masks has no {', '.join(unknown)}")
+    if base is not None and not shared:
+        raise ValueError(f"base: {base} is for shared masks; others are drawn at their own size")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type != "cpu":
@@ -625,7 +627,7 @@ def _check_module(
         raise ValueError("n_prefix: tokens in front need a single dimension of positions")
     return None if size is None else _check_size(size)
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #6aa659a7
+# %% ../nbs/05a_stochastic_backprop.ipynb #a38bb3ae
 def _draw(
     source, size, n_prefix, device, key, # as in `MaskSource.draw`
 ):
@@ -633,7 +635,7 @@ def _draw(
     if source.masks is None:
         raise RuntimeError("source: call attach(model) once, or refresh() before each forward pass")
     size = _check_size(size)
-    at = (source.base or size) if source.shared else size
+    at = source.base or size
     name = (None if source.shared else object() if key is None else key), at
     if name not in source.masks:
         sampler, options = SAMPLERS[source.mask], source.options
@@ -645,7 +647,7 @@ def _draw(
         source.sets[place] = ks.to(device)
     return source.sets[place]
 
-# %% ../nbs/05a_stochastic_backprop.ipynb #d1e6916b
+# %% ../nbs/05a_stochastic_backprop.ipynb #07174769
 class MaskSource(_Passes):
     """Keep sets from an own generator: one mask that all operations share, or one for each.
 
@@ -661,13 +663,13 @@ class MaskSource(_Passes):
         generator: torch.Generator | None = None, # in place of `seed`; on the CPU
         **options,             # of a grid: lattice, strict
     ):
-        _check_source(mask, generator, options)
+        _check_source(mask, shared, base, generator, options)
         self.keep_ratio, self.mask, self.shared = _check_ratio(keep_ratio), mask, shared
         self.base, self.seed = None if base is None else _check_size(base), operator.index(seed)
         self.generator, self.options, self.masks, self.sets = generator, options, None, {}
         self.ranked = generator is None
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def draw(
         self,
         size: int | tuple[int, ...],   # positions, prefix apart

@@ -89,7 +89,7 @@ def invertible(
                          "tanh and the like have no inverse on the whole line)")
     return INVERTIBLE[activation]()
 
-# %% ../nbs/03a_target_prop.ipynb #1d3bfa1c
+# %% ../nbs/03a_target_prop.ipynb #0040f954
 def solve_rows(
     W: Tensor,        # (n, n)
     p: Tensor,        # (B, n)
@@ -98,6 +98,9 @@ def solve_rows(
     "Undo a linear layer, half precision in float32; raise ValueError or LinAlgError with the name."
     if W.ndim != 2 or W.shape[0] != W.shape[1]:
         raise ValueError(f"{name}: expected a square weight matrix, got {tuple(W.shape)}")
+    if p.ndim < 2 or p.shape[-1] != len(W) or not p.is_floating_point():
+        raise ValueError(f"p: expected rows (B, {len(W)}) of real numbers, got {p.dtype} "
+                         f"{tuple(p.shape)}")
     wide = torch.promote_types(torch.promote_types(W.dtype, p.dtype), torch.float32)
     d, info = torch.linalg.solve_ex(W.mT.to(wide), p.to(wide), left=False)
     if info.any(): raise torch.linalg.LinAlgError(f"{name}: the weight matrix is singular")
@@ -236,7 +239,7 @@ def _unshift(
     "Return z − b."
     return z if layer.bias is None else z - layer.bias.to(z.dtype)
 
-# %% ../nbs/03a_target_prop.ipynb #300e0a44
+# %% ../nbs/03a_target_prop.ipynb #375aa3ee
 LOSSES = ("mse", "ce")
 
 def output_error(
@@ -246,6 +249,7 @@ def output_error(
     n_classes: int | None = None, # the first n_classes outputs are the scores; None: all
 ) -> tuple[Tensor, Tensor]:       # mean loss; e_L = y_L − t_L, (B, n_L), zero on auxiliary units
     "Return the mean loss of a batch and each example's ∂ℓ/∂y_L, @eq-gait-output; raise ValueError."
+    if y.ndim != 2: raise ValueError(f"y: expected (B, n_L), got {tuple(y.shape)}")
     n_classes = _classes(n_classes, y.shape[1])
     with torch.enable_grad():
         scores = y[:, :n_classes].detach().requires_grad_()
@@ -311,17 +315,19 @@ def sweep(
         errors.insert(0, F.pad(below, (0, acts.ys[l - 2].shape[1] - below.shape[1])))
     return errors
 
-# %% ../nbs/03a_target_prop.ipynb #dd95d572
+# %% ../nbs/03a_target_prop.ipynb #35f94f03
 def _wide(
     acts: Activities,
     e_out: Tensor,
 ) -> tuple[Activities, Tensor]:
-    "Promote half precision to float32; raise ValueError unless there is an error for each output."
+    "Promote to one dtype, float32 at least; raise ValueError unless each output has an error."
     if e_out.shape != acts.ys[-1].shape:
         raise ValueError(f"e_out: expected the output's shape {tuple(acts.ys[-1].shape)}, got "
                          f"{tuple(e_out.shape)}")
-    if e_out.dtype not in (torch.float16, torch.bfloat16): return acts, e_out
-    return Activities(*([t.float() for t in ts] for ts in acts)), e_out.float()
+    y = acts.ys[-1]
+    wide = torch.promote_types(torch.promote_types(y.dtype, e_out.dtype), torch.float32)
+    if y.dtype == wide == e_out.dtype: return acts, e_out
+    return Activities(*([t.to(wide) for t in ts] for ts in acts)), e_out.to(wide)
 
 def _inverses(
     model,
@@ -505,13 +511,14 @@ def orthogonality_penalty(
     else: R.diagonal().sub_(1)
     return (R**2).sum(), 4 * W @ R
 
-# %% ../nbs/03a_target_prop.ipynb #af43496b
+# %% ../nbs/03a_target_prop.ipynb #ed6fe83f
 def layer_targets(
     acts: Activities,     # model.activities(x)
     errors: list[Tensor], # [e_1 … e_L] of any rule
     gamma: float = 1.0,   # the rule's γ (or 1)
 ) -> list[Tensor]:        # [t_1 … t_L], (B, n_l)
-    "Return the targets t_l = y_l − γ^(L−l) e_l that the errors stand for."
+    "Return the targets t_l = y_l − γ^(L−l) e_l that the errors stand for; raise ValueError."
+    _positive("gamma", gamma)
     below = enumerate(zip(acts.ys, errors, strict=True), 1 - len(errors))  # l − L
     return [y - gamma**-k * e for k, (y, e) in below]
 
@@ -705,12 +712,13 @@ class InverseFeedbackLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return inverse_feedback_linear(x, self.weight, self.bias)
 
-# %% ../nbs/03a_target_prop.ipynb #618ec924
+# %% ../nbs/03a_target_prop.ipynb #ba336824
 def convert(
     model: nn.Module,         # any network
     skip: Iterable[str] = (), # names of modules that keep the exact gradient
 ) -> nn.Module:               # a copy; the parameters have the same names
-    "Give the square nn.Linear layers of a copy inverse feedback; raise ValueError if none is."
+    "Give the square nn.Linear layers of a copy inverse feedback; raise TypeError, ValueError."
+    if isinstance(skip, str): raise TypeError(f"skip: expected names, got the text {skip!r}")
     model, skip = copy.deepcopy(model), set(skip)
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := skip - modules.keys(): raise ValueError(f"skip: no modules {sorted(unknown)}")

@@ -8,12 +8,13 @@ __all__ = ['DECODER_RULES', 'FAMILY_CASES', 'FAMILY_USES', 'INVERSE_KINDS', 'DIG
            'rule_angles', 'target_rule', 'measure', 'peak_and_final', 'train_targets', 'digits_net', 'gait_digits',
            'gait_depth', 'pooled', 'gait_grid', 'gait_images', 'gait_full_width']
 
-# %% ../nbs/03b_target_prop_practice.ipynb #303716d8
+# %% ../nbs/03b_target_prop_practice.ipynb #a7886645
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from .backprop import angle
 from .data import Dataset, digits, load
 from .experiments import experiment
-from .target_prop import (RULES, InvertibleMLP, assign_gradients, bp_errors, local_gradients,
-                               orthogonality_defect, output_error, predicted_angle)
+from .target_prop import (RULES, InvertibleMLP, _positive, assign_gradients, bp_errors,
+                               local_gradients, orthogonality_defect, output_error, predicted_angle)
 from .training import accuracy, evaluate, fit, seeded, seeded_rng
 
-# %% ../nbs/03b_target_prop_practice.ipynb #531b7d54
+# %% ../nbs/03b_target_prop_practice.ipynb #2761cc51
 def decoded_targets(
     hs: Sequence[Tensor],         # activations, bottom to top, each (B, n)
     top: Tensor,                  # target of the last of them
@@ -34,6 +35,8 @@ def decoded_targets(
     difference: bool = True,      # correct by what the decoder makes of the activations
 ) -> list[Tensor]:                # a target for each of hs
     "Send a target down through decoders, @eq-gaitx-tp or with the difference @eq-gaitx-dtp."
+    if not hs or top.shape != hs[-1].shape:
+        raise ValueError(f"top: expected the shape of the last of hs, got {tuple(top.shape)}")
     if len(decoders) != len(hs) - 1:
         raise ValueError(f"decoders: {len(hs)} layers need {len(hs) - 1}, got {len(decoders)}")
     targets = [top]
@@ -42,7 +45,7 @@ def decoded_targets(
         targets.append(h + down - g(above) if difference else down)
     return targets[::-1]
 
-# %% ../nbs/03b_target_prop_practice.ipynb #537b5f81
+# %% ../nbs/03b_target_prop_practice.ipynb #1176b773
 class DecoderMLP(nn.Module):
     "Network with tanh hidden layers, linear output and a decoder for every hidden layer."
     def __init__(
@@ -51,7 +54,9 @@ class DecoderMLP(nn.Module):
         direct: bool = False,   # linear decoders from the output, else from the layer above
     ):
         super().__init__()
-        if len(widths) < 3: raise ValueError(f"widths: {list(widths)} has no hidden layer")
+        widths = list(widths)
+        if len(widths) < 3 or not all(isinstance(n, Integral) and n > 0 for n in widths):
+            raise ValueError(f"widths: {widths} needs three or more positive integers")
         self.direct, hidden = direct, widths[1:-1]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
         if direct: decoders = (nn.Linear(widths[-1], n, bias=False) for n in hidden)
@@ -73,17 +78,20 @@ class DecoderMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.activities(x)[-1]
 
-# %% ../nbs/03b_target_prop_practice.ipynb #9b3f1168
+# %% ../nbs/03b_target_prop_practice.ipynb #c33a29ba
 def targets_of(
     net: DecoderMLP,
     hs: Sequence[Tensor], top: Tensor, # activities up to the logits, and the logits' target
 ) -> list[Tensor]:
     "Send a target of the logits down through the decoders, by @eq-gaitx-dtp or directly."
+    if not 1 <= len(hs) <= len(net.layers) or top.shape != hs[-1].shape:
+        raise ValueError(f"hs, top: expected at most {len(net.layers)} layers and a target of the "
+                         f"last one's shape, got {len(hs)} and {tuple(top.shape)}")
     decoders = list(net.decoders)[len(net.layers) - len(hs):]
     if not net.direct: return decoded_targets(hs, top, decoders)
     return [h + q(top - hs[-1]) for h, q in zip(hs, decoders)] + [top]
 
-# %% ../nbs/03b_target_prop_practice.ipynb #049b2164
+# %% ../nbs/03b_target_prop_practice.ipynb #f313a5e0
 def difference_reconstruction_loss(
     net: DecoderMLP,
     hs: Sequence[Tensor],                     # activities, without gradients
@@ -92,6 +100,8 @@ def difference_reconstruction_loss(
     decay: float = 0.0,                       # λ, on the squares of the decoders' weights
 ) -> Tensor:
     "Return the decoders' loss @eq-gaitx-drl, summed over layers; each decoder sees only its own."
+    _positive("sigma", sigma)
+    _all_layers(net, hs)
     total = decay * sum(p.square().sum() for p in net.decoders.parameters())
     for l, g in enumerate(net.decoders):
         noise = sigma * torch.randn(hs[l].shape, generator=generator).to(hs[l])
@@ -102,23 +112,45 @@ def difference_reconstruction_loss(
         total = total + (back - noise).square().sum(-1).mean() / sigma**2
     return total
 
-# %% ../nbs/03b_target_prop_practice.ipynb #a39681b2
+# %% ../nbs/03b_target_prop_practice.ipynb #bf6f51b0
+DECODER_RULES = ("bp", "tp", "dtp", "drl", "ddtp")
+
+def _all_layers(
+    net: DecoderMLP,
+    hs, # activities
+) -> None:
+    "Raise ValueError unless there are activities of every layer, for one example or more."
+    if len(hs) != len(net.layers) or not len(hs[-1]):
+        raise ValueError(f"hs: expected activities of {len(net.layers)} layers and one example or "
+                         f"more, got {[tuple(h.shape) for h in hs]}")
+
+def _decoders_for(
+    net: DecoderMLP,
+    rule, # one of DECODER_RULES
+) -> None:
+    "Raise ValueError for another rule, or one that asks for the other kind of decoders."
+    if rule not in DECODER_RULES:
+        raise ValueError(f"rule: {rule!r} is not one of {', '.join(DECODER_RULES)}")
+    if rule != "bp" and net.direct != (rule == "ddtp"):
+        raise ValueError(f"rule: {rule!r} needs a DecoderMLP with direct={rule == 'ddtp'}")
+
+# %% ../nbs/03b_target_prop_practice.ipynb #91c6c07b
 def reconstruction_loss(
     net: DecoderMLP,
     hs: Sequence[Tensor],                     # activities, without gradients
     sigma: float,                             # noise
     generator: torch.Generator | None = None, # of the noise
 ) -> Tensor:
-    "Return the decoders' loss @eq-gaitx-reconstruction, summed over layers."
+    "Return the decoders' loss @eq-gaitx-reconstruction, summed over layers; raise ValueError."
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma: expected a finite number >= 0, got {sigma}")
+    _all_layers(net, hs)
     total = 0.0
     for l, g in enumerate(net.decoders):
         noisy = hs[l] + sigma * torch.randn(hs[l].shape, generator=generator).to(hs[l])
         with torch.no_grad(): above = net.up(l + 1, noisy)
         total = total + (g(above) - noisy).square().sum(-1).mean()
     return total
-
-# %% ../nbs/03b_target_prop_practice.ipynb #783cd35a
-DECODER_RULES = ("bp", "tp", "dtp", "drl", "ddtp")
 
 def family_targets(
     net: DecoderMLP,
@@ -128,34 +160,35 @@ def family_targets(
     step: float,          # of the target
 ) -> list[Tensor]:
     "Return each layer's target; raise ValueError for another rule."
-    if rule not in DECODER_RULES[1:]:
-        raise ValueError(f"rule: {rule!r} is not one of {', '.join(DECODER_RULES[1:])}")
+    _decoders_for(net, rule)
+    if rule == "bp": raise ValueError("rule: 'bp' has no targets")
     top = hs[-1] - step * error
     if rule in ("drl", "ddtp"): return targets_of(net, hs, top)
     last = hs[-2] - step * error @ net.layers[-1].weight
     return [*decoded_targets(hs[:-1], last, net.decoders[:-1], rule == "dtp"), top]
 
-# %% ../nbs/03b_target_prop_practice.ipynb #3d99ab2e
+# %% ../nbs/03b_target_prop_practice.ipynb #1d004c29
+@torch.enable_grad()
 def decoder_gradients(
     net: DecoderMLP,
     x: Tensor, y: Tensor,  # inputs (B, d) and labels (B,)
     rule: str = "dtp",     # one of DECODER_RULES
     step: float = 0.1,     # of the target
 ) -> Tensor:               # mean cross-entropy
-    "Write the forward weights' gradients by a rule of the family: those of ‖h − t‖²/(2 step)."
-    if rule == "bp":
-        loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        return loss.detach()
-    with torch.no_grad():
-        hs = net.activities(x)
-        error = hs[-1].softmax(-1) - F.one_hot(y, hs[-1].shape[1])
-        targets = family_targets(net, hs, error, rule, step)
-    for l, (h, t) in enumerate(zip([x, *hs], targets)):
-        ((net.up(l, h) - t).square().sum() / (2 * step * len(x))).backward()
-    return F.cross_entropy(hs[-1], y)
+    "Add the gradients of ‖h − t‖²/(2 step) to the forward weights'; if the loss is NaN, nothing."
+    _positive("step", step)
+    _decoders_for(net, rule)
+    with torch.set_grad_enabled(rule == "bp"): hs = net.activities(x)
+    loss, error = output_error(hs[-1], y, "ce")
+    if not loss.isfinite(): return loss
+    if rule == "bp": hs[-1].backward(error / len(x))
+    else:
+        with torch.no_grad(): targets = family_targets(net, hs, error, rule, step)
+        for l, (h, t) in enumerate(zip([x, *hs], targets)):
+            ((net.up(l, h) - t).square().sum() / (2 * step * len(x))).backward()
+    return loss
 
-# %% ../nbs/03b_target_prop_practice.ipynb #31385145
+# %% ../nbs/03b_target_prop_practice.ipynb #eec59966
 def decoder_teacher(
     net: DecoderMLP,
     rule: str,                  # one of DECODER_RULES: drl and ddtp use differences
@@ -163,7 +196,8 @@ def decoder_teacher(
     decay: float,               # λ of the difference reconstruction loss
     generator: torch.Generator, # of the noise
 ) -> Callable:                  # teach(x) takes one step of Adam at 1e-3
-    "Return a function that trains the decoders on a batch of inputs."
+    "Return a function that trains the decoders on a batch of inputs; raise ValueError."
+    _decoders_for(net, rule)
     adam = torch.optim.Adam(net.decoders.parameters(), lr=1e-3)
     def teach(x):
         with torch.no_grad(): hs = net.activities(x)
@@ -174,14 +208,14 @@ def decoder_teacher(
         adam.step()
     return teach
 
-# %% ../nbs/03b_target_prop_practice.ipynb #7d90b094
+# %% ../nbs/03b_target_prop_practice.ipynb #8db6fd46
 def family_angles(
     net: DecoderMLP,
     x: Tensor, y: Tensor, # a batch
     rule: str,            # one of DECODER_RULES
     step: float,          # of the target
 ) -> list[float]:         # layers 1 … L, degrees
-    "Return the angles between a rule's weight gradients and backpropagation's."
+    "Return the angles between a rule's weight gradients and backpropagation's; clear .grad."
     found = []
     for r in (rule, "bp"):
         net.zero_grad()
@@ -238,13 +272,14 @@ def learn_inverse(
     up = noise @ W.mT
     return B - lr * (up @ B.mT - noise).mT @ up / len(noise)
 
-# %% ../nbs/03b_target_prop_practice.ipynb #537350a4
+# %% ../nbs/03b_target_prop_practice.ipynb #26257a97
 def newton_schulz(
     W: Tensor, B: Tensor, steps: int = 1, # a matrix (n, n), nearly its inverse (n, n), how often
 ) -> Tensor:        # (n, n), nearer to it
-    "Refine an inverse by B ← B(2I − WB), @eq-gaitx-newton; raise ValueError for other shapes."
-    if W.ndim != 2 or W.shape != (len(W), len(W)) or B.shape != W.shape:
-        raise ValueError(f"W, B: expected two (n, n), got {tuple(W.shape)} and {tuple(B.shape)}")
+    "Refine an inverse by B ← B(2I − WB), @eq-gaitx-newton; raise ValueError."
+    if W.ndim != 2 or W.shape != (len(W), len(W)) or B.shape != W.shape or B.dtype != W.dtype:
+        raise ValueError(f"W, B: expected two (n, n) of one dtype, got {W.dtype} {tuple(W.shape)} "
+                         f"and {B.dtype} {tuple(B.shape)}")
     for _ in range(steps): B = 2 * B - B @ (W @ B)
     return B
 
@@ -277,13 +312,16 @@ class Inverses(nn.Module):
         for layer, B in zip(model.layers[1:], self.buffers()):
             B.copy_(INVERSE_KINDS[self.kind](layer.weight, B, self.generator))
 
-# %% ../nbs/03b_target_prop_practice.ipynb #2eb68ff4
+# %% ../nbs/03b_target_prop_practice.ipynb #4ec627b1
 def _learned(W, B, generator):
     noise = torch.randn(64, len(W), generator=generator).to(W)
-    return learn_inverse(W, B, noise)
+    return learn_inverse(W, B, noise, min(0.1, 1 / (1 + (len(W) + 1) / 64)))
 
-INVERSE_KINDS = {"learned": _learned, "newton_schulz": lambda W, B, g: newton_schulz(W, B),
-                 "frozen": lambda W, B, g: B}
+def _refined(W, B, generator):
+    near = (torch.eye(len(W)).to(W) - W @ B).norm() < 1
+    return newton_schulz(W, B) if near else torch.linalg.inv(W)
+
+INVERSE_KINDS = {"learned": _learned, "newton_schulz": _refined, "frozen": lambda W, B, g: B}
 
 # %% ../nbs/03b_target_prop_practice.ipynb #a74fb55e
 class AdamUncorrected(torch.optim.Optimizer):
@@ -351,7 +389,7 @@ def _angle(
     try: return angle(u, v)
     except ValueError: return math.nan
 
-# %% ../nbs/03b_target_prop_practice.ipynb #7b1368ee
+# %% ../nbs/03b_target_prop_practice.ipynb #bd07f246
 def target_rule(
     rule: str = "gait",                # a key of `RULES`
     inverses: Inverses | None = None,  # in place of the exact ones, refreshed before each step
@@ -378,10 +416,11 @@ def _add_equal(
     penalty: float, # λ
 ) -> None:
     "Add the gradients of `equal_norm_penalty` to those of the weights that have one."
+    _positive("penalty", penalty)
     for W in (layer.weight for layer in model.layers):
         if W.grad is not None: W.grad += penalty * equal_norm_penalty(W.detach())[1]
 
-# %% ../nbs/03b_target_prop_practice.ipynb #e34a4d57
+# %% ../nbs/03b_target_prop_practice.ipynb #77f5bc24
 def measure(
     model: InvertibleMLP,
     data,                # a Dataset with flat inputs
@@ -396,7 +435,6 @@ def measure(
             "angle": sum(hidden) / len(hidden), "defect": max(map(orthogonality_defect, weights)),
             "condition": max(torch.linalg.cond(W.double()).item() for W in weights)}
 
-# %% ../nbs/03b_target_prop_practice.ipynb #903051ed
 def peak_and_final(
     history,     # of `fit`, with the numbers of `measure` once an epoch
     final: dict, # the numbers at the end, also of a run that stopped early
@@ -514,7 +552,7 @@ def gait_depth(
     return train_targets(digits_net(seed, device, hidden), digits(flat=True, seed=seed),
                          3 if quick else 30, seed=seed, **options)
 
-# %% ../nbs/03b_target_prop_practice.ipynb #df495906
+# %% ../nbs/03b_target_prop_practice.ipynb #0b02765f
 def pooled(
     name: str,                 # mnist or fashion_mnist
     steps: int | None = None,  # training examples for so many steps; None: all 60,000
@@ -527,7 +565,6 @@ def pooled(
     return replace(data, x_train=small(data.x_train), x_val=small(data.x_val),
                    x_test=small(data.x_test))
 
-# %% ../nbs/03b_target_prop_practice.ipynb #c3209727
 ITP_WEAK = {"rule": "itp", "step": 1e-3}
 AUTHORS = [((0, 1e-4), {"rule": "bp"}), ((0.1, 1e-4), {"rule": "bp"}),
            ((0.1, 1e-4), {"rule": "gait"}), ((1e3, 1e-5), {"rule": "itp"})]

@@ -1,28 +1,23 @@
-"""Step times of the two-layer engines beside plain autograd nets, in one process, interleaved, one thread.
+"""Step times of the engines of altbp.convergence beside ordinary two-layer nets of torch's layers.
 
-Times are CPU times of that thread, so that a machine shared with others tells the same.
-
-Writes nbs/results/bench-convergence.json and prints a table of ratios: the peer's time by the engine's, medians of
-paired runs. Peers: `autograd`, an ordinary two-layer net (nn.Linear, MSE, backward, SGD) trained by backpropagation;
-`fa function`, feedback alignment as usually written, an autograd.Function with its own backward.
+n = 50 examples of d = 150 numbers. Peers in the same rounds: `autograd`, nn.Linear, MSE, backward pass and SGD; `fa function`,
+feedback alignment as usually written, an autograd.Function with its own backward pass.
 """
-import argparse
-import datetime
-import json
-import platform
-import statistics
-import time
-from pathlib import Path
-
+import numpy as np
 import torch
 from torch import nn
 
 from altbp.convergence import train, two_layer
-from altbp.data import atomic
+from common import Task, main
 
 N, D = 50, 150
 ETA = {"identity": 1e-3 / 25, "relu": 1e-2 / 25, "tanh": 1e-1 / 25}
 PSI = {"identity": lambda z: z, "relu": torch.relu, "tanh": torch.tanh}
+CASES = [("relu", 200, "float32", "gram"), ("relu", 3200, "float32", "gram"), ("tanh", 3200, "float32", "gram"),
+         ("relu", 3200, "float64", "gram"), ("tanh", 3200, "float64", "gram"), ("relu", 3200, "float32", "full"),
+         ("identity", 3200, "float32", "reduced"), ("identity", 12800, "float32", "reduced")]
+STEPS = 50  # of every call; fifty times as many of the reduced engine, whose steps are short
+SECONDS = 20  # for the largest network and all steps of the paper: p = 12,800, 40,000 steps
 
 
 class Feedback(torch.autograd.Function):
@@ -41,74 +36,84 @@ class Feedback(torch.autograd.Function):
 
 def peer(net, X, y, rule):
     """Return a function that makes `steps` steps with torch's layers, autograd and optimiser."""
-    first, last = nn.Linear(D, len(net.b), bias=False), nn.Linear(len(net.b), 1, bias=False)
-    first, last, scale = first.to(X.dtype), last.to(X.dtype), len(net.b) ** -0.5
+    first, last = nn.Linear(X.shape[1], len(net.b), bias=False), nn.Linear(len(net.b), 1, bias=False)
+    first, last, scale = first.to(X), last.to(X), len(net.b) ** -0.5
     with torch.no_grad():
         first.weight.copy_(net.W)
         last.weight.copy_(net.beta[None])
-    sgd = torch.optim.SGD([*first.parameters(), *last.parameters()], lr=ETA[net.activation] * N / 2)
+    sgd = torch.optim.SGD([*first.parameters(), *last.parameters()], lr=ETA[net.activation] * len(X) / 2)
     B, target = net.b[None].clone(), y[:, None]
 
-    def run(steps):
+    def run(steps=STEPS):
         for _ in range(steps):
             h = PSI[net.activation](first(X))
             out = (last(h) if rule == "bp" else Feedback.apply(h, last.weight, B)) * scale
             sgd.zero_grad()
             nn.functional.mse_loss(out, target).backward()
             sgd.step()
-        return first.weight, last.weight[0]
+        return first.weight
+
     return run
 
 
-def seconds(f, steps):
-    start = time.process_time()
-    f(steps)
-    return (time.process_time() - start) / steps
-
-
-def case(activation, p, dtype, engine, steps, rounds):
-    """Return medians in milliseconds, and median ratios of paired runs."""
+def problem(activation, p, dtype, device="cpu", n=N, d=D):
+    """A net, inputs and targets."""
     gen = torch.Generator().manual_seed(0)
-    net = two_layer(D, p, activation, dtype, gen)
-    X = torch.randn(N, D, dtype=dtype, generator=gen)
-    y = two_layer(D, p, activation, dtype, gen)(X)
-    go = lambda k: train(net, X, y, ETA[activation], k, engine=engine)
-    agree = (peer(net, X, y, "fa")(20)[0] - go(20).net.W).abs().max().item()  # the same dynamics
-    assert agree < (1e-4 if dtype == torch.float32 else 1e-11), agree
+    draw = lambda: two_layer(d, p, activation, dtype, gen)
+    net, X, teacher = draw(), torch.randn(n, d, dtype=dtype, generator=gen), draw()
+    y = teacher(X)
+    net.W, net.beta, net.b = (t.to(device) for t in (net.W, net.beta, net.b))
+    return net, X.to(device), y.to(device)
+
+
+def engines(activation, p, dtype, device, engine):
+    """The engine and its peers, which make the same steps."""
+    net, X, y = problem(activation, p, dtype, device)
+    go = lambda steps=STEPS: train(net, X, y, ETA[activation], steps, engine=engine).net.W
     peers = {"autograd": peer(net, X, y, "bp"), "fa function": peer(net, X, y, "fa")}
-    for f in (go, *peers.values()):
-        f(5)
-    mine = 50 * steps if engine == "reduced" else steps
-    rows = [dict(engine=seconds(go, mine), **{k: seconds(f, steps) for k, f in peers.items()}) for _ in range(rounds)]
-    median = {k: 1e3 * statistics.median(r[k] for r in rows) for k in rows[0]}
-    ratio = {k: statistics.median(r[k] / r["engine"] for r in rows) for k in peers}
-    return dict(activation=activation, p=p, dtype=str(dtype).split(".")[1], engine=engine, ms=median, ratio=ratio)
+    error = (peer(net, X, y, "fa")(20) - go(20)).abs().max().item()
+    assert error < (1e-4 if dtype == torch.float32 else 1e-11), f"the engine and its peer part by {error}"
+    return {"engine": lambda: go(50 * STEPS if engine == "reduced" else STEPS), **peers}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--out", default=str(Path(__file__).parent.parent / "nbs/results/bench-convergence.json"))
-    a = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'net':>10} {'p':>6} {'dtype':>8} {'engine':>8} {'ms/step':>9} {'autograd':>9} {'fa function':>12}")
-    cases = [("relu", 200, torch.float32, "gram"), ("relu", 3200, torch.float32, "gram"),
-             ("tanh", 3200, torch.float32, "gram"), ("relu", 3200, torch.float64, "gram"),
-             ("tanh", 3200, torch.float64, "gram"), ("relu", 3200, torch.float32, "full"),
-             ("identity", 3200, torch.float32, "reduced"),
-             ("identity", 12800, torch.float32, "reduced")]
-    rows = []
-    for activation, p, dtype, engine in cases:
-        r = case(activation, p, dtype, engine, a.steps, a.rounds)
-        rows.append(r)
-        print(f"{activation:>10} {p:>6} {r['dtype']:>8} {engine:>8} {r['ms']['engine']:>9.3f} "
-              f"{r['ratio']['autograd']:>8.1f}x {r['ratio']['fa function']:>11.1f}x", flush=True)
-    record = dict(n=N, d=D, rounds=a.rounds, steps=a.steps, threads=1, torch=torch.__version__,
-                  machine=platform.machine(), date=datetime.date.today().isoformat(), rows=rows)
-    with atomic(a.out) as temp:
-        temp.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def longest(rounds):
+    """The paper's largest network, for as long as its authors trained it."""
+    net, X, y = problem("identity", 12800, torch.float32)
+    go = lambda: train(net, X, y, ETA["identity"], 40_000, 25 * 0.3, engine="reduced")
+    task = Task({"reduced engine": go}, "reduced engine", min(rounds, 3))
+    task.limit("reduced engine, p = 12,800, 40,000 steps: seconds", task.times["reduced engine"], "<=", SECONDS)
+    return task
+
+
+def kernels(rounds):
+    """Why the engines compute tanh by the logistic function, and the reduced engine's products with NumPy."""
+    z, matrix, vector = torch.randn(N, 3200), torch.randn(2 * N, N, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+    a, b = matrix.numpy(), vector.numpy()
+    often = lambda call: lambda: [call() for _ in range(100)]
+    both = [("tanh of 50 × 3200 numbers", "torch.tanh", lambda: torch.tanh(z),
+             "by the logistic function", lambda: (2 * z).sigmoid_().mul_(2).sub_(1)),
+            ("matrix of 100 × 50 times vector", "torch", lambda: matrix @ vector, "NumPy", lambda: np.matmul(a, b))]
+    for what, name, call, other, instead in both:
+        yield what, Task({name: often(call), other: often(instead)}, name, rounds, per={name: 100, other: 100})
+
+
+def measure(run):
+    for activation, p, kind, engine in CASES[:1] if run.quick else CASES:
+        if run.device != "cpu" and engine == "reduced":
+            continue  # it works with NumPy
+        calls = engines(activation, p, getattr(torch, kind), run.device, engine)
+        per = dict.fromkeys(calls, STEPS) | ({"engine": 50 * STEPS} if engine == "reduced" else {})
+        task = Task(calls, "engine", run.rounds, run.device, per=per,
+                    activation=activation, p=p, dtype=kind, engine=engine)
+        if engine == "gram" and p == 3200 and run.limits:
+            task.limit(f"autograd over the Gram engine, {activation}, p = {p}, {kind}",
+                       task.ratios("autograd", "engine"), ">=", 4)
+        yield f"{engine} engine, {activation}, p = {p}, {kind}", task
+    if run.device == "cpu":
+        if not run.quick:
+            yield "the longest run of the paper", longest(run.rounds)
+        yield from kernels(run.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__, rounds=9)

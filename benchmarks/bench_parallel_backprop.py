@@ -1,29 +1,20 @@
-"""Time per pair of parallel backpropagation against a loop over latent neurons.
+"""Time per pair of images of parallel backpropagation beside a loop over latent neurons, captum's, and torch.func's Jacobian.
 
-One process and one thread; all ways take turns pair by pair, and each ratio is the median over these rounds of
-the loop's CPU time divided by a way's in the same round. The loop asks for one gradient per latent neuron and
-image, a forward and a backward pass each, as libraries of single-image attributions do. With captum installed,
-its NeuronGradient takes its turns in the same rounds. All ways but the last three compute the same two maps.
-
-    python benchmarks/bench_parallel_backprop.py [--rounds 15] [--out FILE]
+The loop asks for one gradient per latent neuron and image, a forward and a backward pass each, as libraries of single-image
+attributions do. All ways down to `norms known` compute the same two maps.
 """
-import argparse
-import json
-import platform
-import statistics
-import time
-from pathlib import Path
+import warnings
 
 import torch
 from torch import nn
 
 from altbp.parallel_backprop import combine_maps, feature_norms, parallel_backprop, shared_weights
 from altbp.readouts import Latent
-from altbp.zoo import library
-from interleave import interleaved
+from common import Peer, Task, main
 
-TARGET = 4.0  # times faster than the loop, at 42 px with 64 features
+LIMIT = 4  # times faster than the loop, at 42 px with 64 features
 SIGMA = 2.0
+PEERS = [Peer("captum", "captum.attr")]
 
 
 def net(c, seed=0):
@@ -35,14 +26,10 @@ def net(c, seed=0):
     return nn.Sequential(*layers).eval()
 
 
-def captum_gradients(model):
-    """Return x ↦ rows by captum's NeuronGradient, or None where captum is missing."""
-    try:
-        neuron = library("captum.attr").NeuronGradient(model, model[-1])
-    except ImportError:
-        return None
-    c = model[-3].out_channels
-    select = [lambda a, i=i: a[:, i].mean((1, 2)) for i in range(c)]
+def captum_gradients(captum, model):
+    """Return x ↦ rows by captum's NeuronGradient."""
+    neuron = captum.NeuronGradient(model, model[-1])
+    select = [lambda a, i=i: a[:, i].mean((1, 2)) for i in range(model[-3].out_channels)]
     return lambda x: torch.stack([neuron.attribute(x, neuron_selector=s)[0] for s in select])[None]
 
 
@@ -57,15 +44,16 @@ def loop_gradients(latent, c):
     return rows
 
 
-def ways(c):
-    """Every way to explain one pair, as a call without arguments."""
-    model = net(c)
+def ways(c, device, captum=None, size=42):
+    """Every way to explain one pair, as a call without arguments that returns two maps."""
+    model = net(c).to(device)
     latent = Latent(model)
     g = torch.Generator().manual_seed(1)
-    x, z = torch.rand(2, 1, 42, 42, generator=g)[:, None].unbind()
-    w = torch.randn(c, generator=g)
-    sparse = torch.where(torch.arange(c) % 8 == 0, w, torch.zeros(()))
+    x, z = torch.rand(2, 1, size, size, generator=g).to(device)[:, None].unbind()
+    w = torch.randn(c, generator=g).to(device)
+    sparse = torch.where(torch.arange(c, device=device) % 8 == 0, w, torch.zeros((), device=device))
     norms = tuple(feature_norms(latent, i, sigma=SIGMA) for i in (x, z))
+    jacobian = torch.func.jacrev(latent)
 
     def from_rows(rows):
         with torch.no_grad():
@@ -77,48 +65,34 @@ def ways(c):
         return maps.map_out, maps.map_in
 
     out = {"loop": lambda: from_rows(loop_gradients(latent, c))}
-    captum = captum_gradients(model)
     if captum:
-        out["captum NeuronGradient"] = lambda: from_rows(captum)
-    out |= {"all features": ours, "norms known": lambda: ours(norms=norms),
-            "one weight in eight": lambda: ours(sparse), "hutchinson, 100 probes": lambda: ours(norms="hutchinson", n_probe=100),
-            "cam": lambda: ours(backbone="cam")}
-    return out
+        out["captum NeuronGradient"] = lambda: from_rows(captum_gradients(captum, model))
+    return out | {"torch.func.jacrev": lambda: from_rows(lambda i: jacobian(i)[:, :, 0].detach()),
+                  "all features": ours, "norms known": lambda: ours(norms=norms),
+                  "one weight in eight": lambda: ours(sparse),
+                  "hutchinson, 100 probes": lambda: ours(norms="hutchinson", n_probe=100),
+                  "cam": lambda: ours(backbone="cam")}
 
 
-def measure(calls, rounds):
-    """Median CPU time of the loop in ms, and median ratios of the loop's time to the others'."""
-    times = interleaved(calls, rounds)
-    loop = times.pop("loop")
-    return 1e3 * statistics.median(loop), {k: statistics.median(a / b for a, b in zip(loop, t)) for k, t in times.items()}
+def same_maps(calls):
+    """Raise unless all ways down to `norms known` agree."""
+    names = list(calls)
+    want = calls["loop"]()
+    for name in names[1 : names.index("norms known") + 1]:
+        error = max((a - b).abs().max().item() for a, b in zip(want, calls[name]()))
+        assert error < 1e-5, f"{name} differs from the loop by {error}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path,
-                        default=Path(__file__).resolve().parent.parent / "nbs/results/bench-parallel-backprop.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    tasks = {}
-    for c in (64, 256):
-        calls = ways(c)
-        want = calls["loop"]()
-        for name in [n for n in ("captum NeuronGradient", "all features", "norms known") if n in calls]:
-            error = max((a - b).abs().max().item() for a, b in zip(want, calls[name]()))
-            assert error < 1e-6, f"{name} differs from the loop by {error}"
-        ms, ratios = measure(calls, options.rounds if c == 64 else max(3, options.rounds // 3))
-        tasks[f"42px-c{c}"] = {"loop_ms": ms, "faster": ratios}
-        print(f"42 px, {c} features: the loop takes {ms:.0f} ms a pair")
-        for name, ratio in ratios.items():
-            target = TARGET if c == 64 and name == "all features" else None
-            print(f"  {name:24s} {ratio:6.2f} times faster" + (f"  (target {target})" if target else ""))
-    result = {"format": 1, "name": "bench-parallel-backprop", "date": time.strftime("%Y-%m-%d"), "threads": 1,
-              "rounds": options.rounds, "torch": torch.__version__, "machine": platform.machine(),
-              "target": TARGET, "tasks": tasks}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def measure(run):
+    warnings.simplefilter("ignore")  # captum's, on requires_grad
+    for c in (8,) if run.quick else (64, 256):
+        calls = ways(c, run.device, run.peers["captum"])
+        same_maps(calls)
+        task = Task(calls, "loop", run.rounds if c <= 64 else -(-run.rounds // 3), run.device)
+        if run.limits and c == 64:
+            task.limit("loop over all features, 42 px, 64 features", task.ratios("loop", "all features"), ">=", LIMIT)
+        yield f"42px-c{c}", task
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__, rounds=31, peers=PEERS)

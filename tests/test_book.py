@@ -209,6 +209,102 @@ def test_every_declared_claim_is_checked():
     assert not claims.audit(claims.read_registry(NBS / "claims.yml"), records)
 
 
+# What papers claim, results, reading order, glossary ---------------------------------------------------------------
+
+SPECIFIED = ("fa", "cv", "gait", "reinmax", "sbp", "parallel")  # the blocks of claims.yml that have a paper to answer for
+
+
+def test_every_claim_of_a_paper_is_checked_or_says_why_not(book):
+    assert set(book.papers()) == set(SPECIFIED)
+    for block, entries in book.papers().items():
+        for e in entries:
+            assert e["claim"].endswith(".") and e.keys() <= {"claim", "where", "ledger", "open"}, (block, e)
+            assert ("ledger" in e) != ("open" in e) and (e.get("ledger") or e["open"].strip()), f"{block}: {e['claim']}"
+            assert not set(e.get("ledger", [])) - book.verdicts().keys(), f"{block}: {e['claim']}"
+
+
+def test_every_ledger_entry_is_mapped_and_linked_once(book):
+    page = (NBS / "ledger.qmd").read_text(encoding="utf-8")
+    for id in book.verdicts():
+        assert page.count(f"::: {{#{book.anchor(id)} ") == 1
+        if id.split(".")[0] in SPECIFIED:
+            assert f"](#{book.anchor(id)})" in page, f"{id} stands neither in papers.yml nor beyond the paper"
+
+
+def test_the_map_tells_a_missing_check(book, monkeypatch):
+    gap = [{"claim": "One.", "where": "Theorem 1", "ledger": ["fa.descent"]}, {"claim": "Two.", "open": "no data"}]
+    monkeypatch.setattr(book, "papers", lambda: {"fa": gap})
+    table, beyond = book.coverage("fa")
+    assert "| One. (Theorem 1) | holds: [`fa.descent`](#ledger-fa-descent) |" in table
+    assert "| Two. | not checked here: no data |" in table
+    assert "[`fa.no-saddles`]" in beyond and "fa.descent" not in beyond and book.coverage("bp") == []
+
+
+def test_results_are_complete_and_of_the_present_code(book):
+    from altbp.experiments import discover, fingerprint
+
+    known, quick = discover(), json.loads(book.QUICK.read_text(encoding="utf-8"))
+    for row in book.result_rows():
+        e, file = known[row["run"]], book.stored(NBS / "results" / f"{row['run']}.json")
+        assert row["case"] in e.cases and row.get("over", e.cases[0]) in e.cases, row["what"]
+        assert file["fingerprint"] == fingerprint(e), f"{row['run']}: stored results are stale"
+        assert book.measure(row, NBS / "results"), f"{row['what']}: no stored runs"
+        if row.get("quick"):
+            assert book.quick_case(row) in e.quick and book.quick_key(row) in quick["values"], row["what"]
+            assert quick["fingerprints"][row["run"]] == fingerprint(e), f"{row['run']}: the quick run is stale"
+    assert len(quick["values"]) == len({book.quick_key(r) for r in book.result_rows() if r.get("quick")})
+
+
+@pytest.mark.parametrize("name", ["digits-mlp", "gait-digits"])
+def test_quick_runs_give_the_stored_values_again(book, name, tmp_path):
+    from altbp.experiments import discover, run_experiment
+
+    quick = json.loads(book.QUICK.read_text(encoding="utf-8"))["values"]
+    assert run_experiment(discover()[name], out=tmp_path, quick=True)[1] == 0
+    for row in book.result_rows():
+        if row["run"] == name and row.get("quick"):
+            assert book.measure(row, tmp_path, quick=True)[0] == pytest.approx([quick[book.quick_key(row)]], rel=0.02)
+
+
+def test_numbers_and_commands_of_the_results_table(book):
+    number = lambda *a: book.number(*a).replace("\N{NO-BREAK SPACE}", " ")
+    assert number([0.8731]) == "0.8731" and number([1.0, 1.0]) == "1 ± 0"
+    assert number([97.2, 97.4], "%") == "97.30 ± 0.14 %" and number([1200, 1600]) == "1400 ± 283"
+    assert book.pick({"a": [[1, 2], [3, 5]]}, "a/-1") == [4] and book.pick({"a": {"b": [1, 2]}}, "a/b/0") == [1]
+    assert book.pick({"a": [3, 5]}, "a", each=True) == [3, 5]
+    row = {"run": "digits-mlp", "case": {"width": 32}}
+    assert book.command(row, [0, 1]) == ("altbp run digits-mlp --seeds 2 --case width=32", [{"width": 32}])
+    assert book.command(row, [0])[0] == "altbp run digits-mlp --case width=32"
+    assert book.command(row, [0, 2])[0] == "altbp run digits-mlp --seeds 0,2, --case width=32"
+
+
+def test_quick_values_are_compared_at_the_digits_shown(book, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(book, "QUICK", tmp_path / "quick.json")
+    kept = {"seconds": {"a": 1.0}, "values": {"x": 0.87651, "y": 2.0}}
+    monkeypatch.setattr(book, "quick", lambda folder: kept)
+    assert book.keep_quick(tmp_path, check=False) == 0 and book.keep_quick(tmp_path, check=True) == 0
+    monkeypatch.setattr(book, "quick", lambda folder: {"seconds": {}, "values": {"x": 0.87653, "y": 2.1, "z": 1.0}})
+    assert book.keep_quick(tmp_path, check=True) == 1
+    out = capsys.readouterr().out
+    assert "y: 2 is stored, 2.1 was found" in out and "z: only in one" in out and "x:" not in out
+
+
+def test_every_chapter_says_what_to_read_first(book):
+    order = list(book.numbered())
+    assert set(order) <= book.READ_FIRST.keys()
+    for name in order:
+        assert all(order.index(first) < order.index(name) for first in book.READ_FIRST[name])
+
+
+def test_the_glossary_is_in_order_and_each_term_has_its_place():
+    text = (NBS / "glossary.qmd").read_text(encoding="utf-8")
+    terms = re.findall(r"^\*\*(.+)\*\*\n: ((?:.+\n)+)", text, re.M)
+    names = [name.lower() for name, _ in terms]
+    assert names == sorted(names) and len(set(names)) == len(names) == text.count("\n**") >= 60
+    for name, definition in terms:
+        assert REF.search(definition), f"{name}: a definition links to the section or theorem that explains it"
+
+
 # The package ------------------------------------------------------------------------------------------------------
 
 def test_import_needs_torch_and_numpy_only():
@@ -260,4 +356,4 @@ def test_the_readmes_first_results(code, capsys):
 def test_the_readme_has_a_first_result_of_each_chapter():
     used = {module for code in SNIPPETS for module in re.findall(r"altbp\.(\w+)", code)}
     assert {"backprop", "feedback_alignment", "convergence", "target_prop", "reinmax", "stochastic_backprop_practice",
-            "parallel_backprop"} <= used
+            "parallel_backprop", "side_by_side"} <= used

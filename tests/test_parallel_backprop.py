@@ -160,6 +160,47 @@ def test_rows_are_the_jacobian():
     assert (feature_maps(latent, x, index) - J[torch.arange(3)[:, None], index]).abs().max() < 1e-14
 
 
+class Odd(nn.Module):
+    """Batch norms and convolutions called in unusual ways."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.weight = nn.Parameter(torch.randn(6, 2, 3, 2, dtype=D))
+        self.grouped = nn.Conv2d(6, 6, 3, groups=3, padding="same", padding_mode="circular", dtype=D)
+        self.bare = nn.BatchNorm2d(6, affine=False, dtype=D)
+        self.flat = nn.BatchNorm1d(6, dtype=D)
+        for m in (self.bare, self.flat):
+            m.running_mean.uniform_(-0.2, 0.2), m.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x):
+        h = F.conv2d(input=x, weight=self.weight, stride=(2, 1), padding=[1, 1], dilation=(1, 3)).relu()
+        h = h + F.conv2d(x, self.weight[..., :1], torch.arange(6.0, dtype=D), padding="same")[:, :, ::2, :-1].sigmoid()
+        h = F.batch_norm(h, None, None, training=True) if self.coupled else h
+        h = self.grouped(self.bare(h)).sigmoid()
+        return self.flat(h.mean((2, 3)))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_rows_of_a_net_that_calls_its_layers_in_odd_ways(coupled):
+    latent, (x, _, _) = Odd().eval(), pair(batch=(3,))
+    latent.coupled = coupled
+    strides = [p.stride() for p in latent.parameters()]
+    x = x[:1] if coupled else x
+    J = torch.autograd.functional.jacobian(latent, x)
+    own = torch.stack([J[b, :, b] for b in range(len(x))])
+    assert (feature_maps(latent, x) - own).abs().max() < 1e-13
+    assert strides == [p.stride() for p in latent.parameters()]
+    assert all(p.grad is None for p in latent.parameters())
+
+
+def test_half_precision_images_keep_their_type():
+    latent = Latent(net(dtype=torch.bfloat16))
+    x = pair(dtype=torch.bfloat16, batch=(2,))[0]
+    rows = feature_maps(latent, x)
+    assert rows.dtype == torch.bfloat16 and rows.isfinite().all()
+
+
 def test_bound_on_50_nets():
     options = [dict(smooth=s, backbone=b) for s in ("before", "after") for b in ("grad", "ig", "smoothgrad", "guided", "cam")]
     for seed in range(50):
@@ -390,9 +431,23 @@ def test_more_errors():
                         (lambda: feature_norms(LATENT, X[None], method="hutchinson", backbone="cam"), "backbone"),
                         (lambda: select_pair(X[0], W, X[0], W, W), "y_out"), (lambda: gaussian_smooth(X, -1), "sigma"), (lambda: feature_maps(LATENT, X[None], torch.tensor([8])), "index"),
                         (lambda: select_reference(X[0, :, :8], X[0, :, :8], W, candidates=torch.ones(12)), "candidates"),
+                        (lambda: feature_maps(LATENT, X[None], torch.tensor(3)), "index"),
+                        (lambda: feature_maps(LATENT, X[None], backbone="ig", steps=2.5), "steps: must be a whole"),
+                        (lambda: reliability(torch.rand(4, 3, 2), splits=0), "splits"),
                         (lambda: shared_weights(W, W, W, sign="all"), "sign")):
         with pytest.raises(ValueError, match=words):
             call()
+    for call, words in ((lambda: feature_maps(LATENT, X[None], [3]), "index"), (lambda: feature_maps(LATENT, X[None], W), "index"),
+                        (lambda: SharedFeatureExplainer(LATENT, "maps", nn.Linear(8, 1)), "readout: a Linear has no .features"),
+                        (lambda: fit_readout(PooledReadout(4), torch.ones(5, 4).long(), torch.rand(5)), "maps: torch.int64 is not floating")):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("backbone", ["grad", "ig", "cam"])
+def test_no_features_no_maps(backbone):
+    rows = feature_maps(LATENT, X[None], torch.zeros(0, dtype=torch.long), backbone=backbone)
+    assert rows.shape == (1, 0, 1 if backbone == "cam" else 2, 12, 12)
 
 
 @pytest.mark.parametrize("call, error, words", [

@@ -703,6 +703,7 @@ def test_mask_errors():
         (lambda: S.keep_probability("stripes", 4, 0.5), ValueError, "mask"),
         (lambda: S.MaskSource(0.5, mask="stripes"), ValueError, "mask"),
         (lambda: S.MaskSource(0.5, mask="random", lattice="spread"), TypeError, "lattice"),
+        (lambda: S.MaskSource(0.5, shared=False, base=(4, 4)), ValueError, "base: .*shared"),
         (lambda: S.MaskSource(0.5, generator=3), TypeError, "generator"),
         (lambda: S.MaskSource(0.5, generator=Elsewhere()), ValueError, "generator.*cuda"),
         (lambda: S.grid_mask((8, 8), 0.5, lattice=None), TypeError, "lattice"),

@@ -850,3 +850,23 @@ def test_cuda():
     assert worst(gradients(model, x, labels), gradients(model, x, labels, "bp")) < 1e-12
     for rule in ("itp", "gn"):
         gradients(model, x, labels, rule, penalty=0.1)
+
+
+def test_shapes_and_types_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"p: expected rows \(B, 3\) of real numbers, got torch.int64"):
+        tp.solve_rows(2 * torch.eye(3).long(), torch.ones(2, 3).long())  # else cut off to integers
+    for shape in ((2, 4), (3,)):
+        with pytest.raises(ValueError, match=r"p: expected rows \(B, 3\)"): tp.solve_rows(torch.eye(3), torch.ones(shape))
+    for shape in ((4,), (2, 3, 4)):
+        with pytest.raises(ValueError, match="y: expected"): tp.output_error(torch.ones(shape), torch.zeros(2).long())
+    acts = net(4, 1).activities(torch.ones(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="gamma"): tp.layer_targets(acts, acts.ys, gamma=0.0)
+    with pytest.raises(TypeError, match="skip"): tp.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), skip="0")
+
+
+@pytest.mark.parametrize("rule", ["bp", "itp", "gait", "gn"])
+def test_errors_of_another_dtype_are_promoted(rule):
+    model, e = net(6, 3), torch.eye(6)[:3]
+    acts = model.activities(torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6))
+    for a, b in zip(tp.RULES[rule](model, acts, e), tp.RULES[rule](model, acts, e.double())):
+        assert a.dtype == torch.float64 and torch.equal(a, b)

@@ -198,6 +198,21 @@ def test_direct_optimum_has_no_gradient(decay):
     assert torch.autograd.grad(loss, net.decoders[0].weight)[0].norm() > 5 * g.mean(0).norm()
 
 
+def test_sampled_loss_is_the_ridge_regression():
+    # tanh, several examples: E|QJe - e|² + decay |Q|² = mean |QJ - I|² + decay |Q|², for any Q
+    net = seeded(lambda: tp.DecoderMLP([6, 5, 4, 3], direct=True), 0, dtype=torch.float64)
+    hs = [h.detach() for h in net.activities(2 * rand(4, 6))]
+    want = 0.3 * sum(q.weight.detach().square().sum() for q in net.decoders)
+    for l, q in enumerate(net.decoders):
+        for h in hs[l]:
+            J = torch.autograd.functional.jacobian(lambda u, l=l: net.activities(u, l + 1)[-1], h)
+            want += (q.weight.detach() @ J - torch.eye(len(h))).square().sum() / len(hs[l])
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([tp.difference_reconstruction_loss(net, hs, 1e-5, g, 0.3).detach() for _ in range(1500)])
+    error = draws.std() / len(draws) ** 0.5
+    assert abs(draws.mean() - want) < 4 * error and error < 0.02 * want
+
+
 # Inverses ----------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=25, deadline=None)
@@ -327,6 +342,111 @@ def test_peak_and_final_keep_the_best_epoch():
     out = tp.peak_and_final(history, {"train": 0.5, "test": 0.4})
     assert (out["train_peak"], out["train_final"], out["test_peak"], out["test_final"]) == (0.9, 0.5, 0.8, 0.4)
     assert out["online"] == [0.0] * 30 + [1.0] * 30 and out["test_curve"] == [0.1, 0.8, 0.4]
+
+
+# What does not fit -------------------------------------------------------------------------------------------------
+
+def activities(net, n=6):
+    with torch.no_grad(): return net.activities(rand(n, 6))
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
+def test_noise_must_be_positive(sigma):
+    net = small_net()
+    with pytest.raises(ValueError, match="sigma"): tp.difference_reconstruction_loss(net, activities(net), sigma)
+    if sigma: # without noise the other loss is an autoencoder's
+        with pytest.raises(ValueError, match="sigma"): tp.reconstruction_loss(net, activities(net), sigma)
+    with pytest.raises(ValueError, match="sigma"):
+        tp.decoder_teacher(net, "drl", sigma, 0.0, torch.Generator())(rand(3, 6))
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("loss", [tp.reconstruction_loss, tp.difference_reconstruction_loss])
+def test_losses_need_all_layers_and_an_example(loss):
+    net = small_net()
+    for hs in (activities(net)[1:], activities(net, 0)):
+        with pytest.raises(ValueError, match="hs"): loss(net, hs, 0.1)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_targets_must_have_the_shape_of_what_they_are_for(direct):
+    net = small_net(direct)
+    hs = activities(net)
+    for top in (hs[-1][:1], hs[-1][:, :1]):  # both would be broadcast somewhere
+        with pytest.raises(ValueError, match="top"): tp.targets_of(net, hs, top)
+        with pytest.raises(ValueError, match="top"): tp.decoded_targets(hs, top, small_net().decoders)
+    with pytest.raises(ValueError, match="hs"): tp.targets_of(net, hs * 2, hs[-1])
+    with pytest.raises(ValueError, match="top"): tp.decoded_targets([], hs[-1], [])
+
+
+@pytest.mark.parametrize("widths", [[4, 3], [4.0, 3, 2], [4, 0, 2], []])
+def test_decoder_network_refuses(widths):
+    with pytest.raises(ValueError, match="widths"): tp.DecoderMLP(widths)
+
+
+def test_decoder_network_takes_any_iterable():
+    assert [l.out_features for l in tp.DecoderMLP(iter([5, 4, 3])).layers] == [4, 3]
+
+
+@pytest.mark.parametrize("rule, direct", [("ddtp", False), ("dtp", True), ("tp", True), ("drl", True)])
+def test_rules_need_their_kind_of_decoders(rule, direct):
+    net, x, y = small_net(direct), rand(5, 6), torch.arange(5) % 3
+    with pytest.raises(ValueError, match="rule: .* needs a DecoderMLP with direct"): grads(net, x, y, rule=rule)
+    with pytest.raises(ValueError, match="rule"): tp.decoder_teacher(net, rule, 0.1, 0.0, torch.Generator())
+    with pytest.raises(ValueError, match="rule: 'gait' is not one of bp"): tp.decoder_teacher(net, "gait", 0.1, 0.0, None)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("rule", ["bp", "dtp"])
+def test_decoder_gradients_refuse_and_add_nothing(rule):
+    net, x, y = small_net(), rand(5, 6), torch.arange(5) % 3
+    for step in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="step"): grads(net, x, y, rule=rule, step=step)
+    for labels in (y + 1, y - 1, y[:3], y.double()):
+        with pytest.raises(ValueError, match="target"): grads(net, x, labels, rule=rule)
+    assert tp.decoder_gradients(net, x[:0], y[:0], rule).isnan()
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(ValueError, match="rule"): tp.family_targets(net, activities(net), rand(6, 3), "bp", 0.1)
+
+
+@pytest.mark.parametrize("rule", tp.DECODER_RULES)
+def test_decoder_gradients_work_without_grad_and_add_up(rule):
+    net, x, y = small_net(rule == "ddtp"), rand(5, 6), torch.arange(5) % 3
+    want = grads(net, x, y, rule=rule)[1]
+    with torch.no_grad(): tp.decoder_gradients(net, x, y, rule)
+    for p, g in zip(net.layers.parameters(), want): torch.testing.assert_close(p.grad, 2 * g)
+    assert all(p.grad is None for p in net.decoders.parameters())
+
+
+@pytest.mark.parametrize("penalty", [-1.0, math.nan, math.inf])
+def test_equal_norm_penalty_must_not_be_negative(penalty):
+    with pytest.raises(ValueError, match="penalty"):
+        tp.target_rule("bp", kind="equal", penalty=penalty)(tp.digits_net(0), rand(3, 64), torch.arange(3))
+
+
+def test_newton_schulz_refuses_another_dtype():
+    with pytest.raises(ValueError, match="W, B"): tp.newton_schulz(torch.eye(3), torch.eye(3).double())
+
+
+def test_newton_schulz_inverses_of_any_start():
+    # WWᵀ of a Gaussian start has eigenvalues up to 4: from B = Wᵀ the iteration alone would diverge
+    model = tp.digits_net(0, init="gaussian")
+    B = tp.Inverses(model, "newton_schulz")
+    for _ in range(3): B.refresh(model)
+    for b, m in zip(B.matrices(), model.layers[1:]):
+        torch.testing.assert_close(b @ m.weight, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-8)
+    for m in model.layers: m.weight.data.mul_(5.0)  # far away again
+    B.refresh(model)
+    for b, m in zip(B.matrices(), model.layers[1:]):
+        torch.testing.assert_close(b @ m.weight, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_learned_inverses_of_wide_layers_converge():
+    n, g = 1500, torch.Generator().manual_seed(0)  # beyond 2 / (1 + (n + 1) / 64) the rate 0.1 diverges
+    W, B = torch.eye(n), torch.zeros(n, n)
+    for _ in range(5): B = tp.INVERSE_KINDS["learned"](W, B, g)
+    error = (B - W).square().sum().item() / n
+    assert error == pytest.approx((1 - 1 / (1 + (n + 1) / 64)) ** 5, rel=0.05)
 
 
 # Experiments -------------------------------------------------------------------------------------------------------
