@@ -576,7 +576,9 @@ def side_noise(
     batch: int = 64,
     lr: float = 0.003,   # of SGD with momentum 0.9
 ) -> dict:
-    "Train a pixel net for 256 steps; measure noise where 48 steps of backpropagation lead."
+    """Train a pixel net for 256 steps; measure noise where 48 steps of backpropagation lead.
+
+    `late` is the mean loss of the last 64 batches, `loss` that of all examples at the end."""
     data = load("digits", 1024, seed=seed).to(device)
     x, y = data.x_train, data.y_train
     start, setup = ready("bp", "pixel", x, seed, device), ready(rule, "pixel", x, seed, device)
@@ -592,4 +594,6 @@ def side_noise(
     history = fit(setup.model, (x, y), 2 if quick else batch // 4, optimizer, setup.gradients,
                   batch_size=batch, seed=seed, metrics=lambda m: {}, on_nan="stop")
     test = score(setup, history, data.x_test, data.y_test)
-    return {"noise": noise, "loss": score(setup, history, x, y)["loss"], "test": test["accuracy"]}
+    late = history["loss"][-64:]
+    return {"noise": noise, "late": sum(late) / len(late),
+            "loss": score(setup, history, x, y)["loss"], "test": test["accuracy"]}

@@ -139,6 +139,26 @@ def test_methods_by_name():
 def test_there_are_experiments(): assert NAMES == ["sbp-cifar", "sbp-digits", "sbp-memory", "sbp-similarity"]
 
 
+@pytest.mark.parametrize("net", ["vit", "convnext"])
+def test_small_networks_for_colour_images(net):
+    model = C.cifar_network(net)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    wide = [m.weight.std().item() for m in model.modules() if isinstance(m, nn.Linear)]
+    assert min(wide) > 0.03, "PyTorch's own initial weights"
+    with P.apply_sbp(model, mask="random") as handle: model(torch.randn(2, 3, 32, 32))
+    assert handle.plan
+
+
+@pytest.mark.parametrize("keep, kept", [(0.25, (48, 49, 50)), (0.75, (146, 147, 148))])
+def test_stored_bytes_are_of_one_draw(keep, kept):
+    """The phases of a grid on 14 × 14 patches keep different numbers; all passes of a measurement must see the same one."""
+    runs = {str(r["case"]): 1e6 * r["result"]["float32"] for r in load_results(RESULTS / "sbp-memory.json")["runs"]}
+    case = {"net": "ViT-Tiny", "method": "dense"}
+    saved = (runs[str(case)] - runs[str(case | {"method": "sbp", "keep": keep})]) / (8 * 4)
+    formula = {C.block_memory("vit", "dense", 197, 192, heads=3) - C.block_memory("vit", "query", 197, 192, 1 + n, 3) for n in kept}
+    assert round(saved) in formula
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_results_are_of_this_code(name):
     e, results = REGISTRY[name], load_results(RESULTS / f"{name}.json")
