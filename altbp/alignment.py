@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['LAMBDAS', 'RATES', 'neuron_constants', 'isometry', 'alignment_ode', 'final_alignment', 'slow_alignment',
            'alignment_problem', 'settle', 'final_cosines', 'convergence_linear', 'convergence_relu', 'convergence_tanh',
-           'convergence_loss', 'classifier_step', 'classifier_state', 'fa_classifier', 'convergence_mnist']
+           'convergence_sigmoid', 'convergence_loss', 'classifier_step', 'classifier_state', 'fa_classifier',
+           'convergence_mnist']
 
 # %% ../nbs/02b_alignment.ipynb #4e885d96
 import inspect
@@ -119,8 +120,9 @@ def slow_alignment(
 # %% ../nbs/02b_alignment.ipynb #ee2d4575
 LAMBDAS = {"identity": (0.0, 0.2, 0.3, 0.5),
            "relu": (0.0, 0.02, 0.05, 0.2),
-           "tanh": (0.0, 0.001, 0.002, 0.005)}
-RATES = {"identity": 1e-3, "relu": 1e-2, "tanh": 1e-1}
+           "tanh": (0.0, 0.001, 0.002, 0.005),
+           "sigmoid": (0.0, 0.001, 0.003, 0.01)}
+RATES = {"identity": 1e-3, "relu": 1e-2, "tanh": 1e-1, "sigmoid": 1e-1}
 
 # %% ../nbs/02b_alignment.ipynb #e5c35994
 def _refuses(check: Callable) -> Callable:
@@ -229,9 +231,17 @@ def convergence_tanh(seed: int, device: str, quick: bool = False, p: int = 200) 
     "Return the final alignment of a tanh net of width p for each decay."
     return final_cosines("tanh", p, seed, device)
 
+# %% ../nbs/02b_alignment.ipynb #d5225bce
+@experiment("convergence-sigmoid", "Alignment of sigmoid nets against width, by decay (Song et al.)",
+            cases=_WIDTHS, quick=_WIDTHS[:1], uses=_USES)
+def convergence_sigmoid(seed: int, device: str, quick: bool = False, p: int = 200) -> dict:
+    "Return the final alignment of a sigmoid net of width p for each decay."
+    return final_cosines("sigmoid", p, seed, device)
+
 # %% ../nbs/02b_alignment.ipynb #21efa4d0
 @experiment("convergence-loss", "Loss curves at p = 3200 over 5000 steps, by decay (Song et al.)",
-            cases=[dict(activation=a) for a in LAMBDAS], uses=(alignment_problem,))
+            cases=[dict(activation=a) for a in ("identity", "relu", "tanh")],
+            uses=(alignment_problem,))
 def convergence_loss(
     seed: int, device: str,
     quick: bool = False,         # 200 steps

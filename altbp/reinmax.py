@@ -168,6 +168,7 @@ def _prepare(
     if isinstance(sample, Tensor) and sample.ndim == logits.ndim: sample = sample.movedim(dim, -1)
     return x, pi, _index(sample, x, validate), masked
 
+# %% ../nbs/04a_reinmax.ipynb #a997e4a2
 def _finish(
     out, pi, x, dim, return_probs, # result and probabilities with categories last
 ):
@@ -175,6 +176,7 @@ def _finish(
     if dim not in (-1, out.ndim - 1): out, pi = out.movedim(-1, dim), pi.movedim(-1, dim)
     return (out, pi.to(x.dtype)) if return_probs else out
 
+# %% ../nbs/04a_reinmax.ipynb #8dff4ceb
 def _tau_last(
     tau, logits, dim, # temperature against the logits (..., N, ...)
 ):
@@ -297,6 +299,7 @@ class _Replace(Function):
     @staticmethod
     def backward(ctx, g): return g.to(ctx.dtype), None, None
 
+# %% ../nbs/04a_reinmax.ipynb #84829541
 def st(
     logits: Tensor,             # (..., N, ...) floating point; -inf masks a category
     tau: float | Tensor = 1.0,  # temperature of the derivative, never of the sampling
