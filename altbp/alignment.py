@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['LAMBDAS', 'RATES', 'neuron_constants', 'isometry', 'alignment_ode', 'final_alignment', 'slow_alignment',
            'alignment_problem', 'settle', 'final_cosines', 'convergence_linear', 'convergence_relu', 'convergence_tanh',
-           'convergence_sigmoid', 'convergence_loss', 'classifier_step', 'classifier_state', 'fa_classifier',
-           'convergence_mnist']
+           'convergence_sigmoid', 'convergence_loss', 'dropout_step', 'convergence_dropout', 'classifier_step',
+           'classifier_state', 'fa_classifier', 'convergence_mnist']
 
 # %% ../nbs/02b_alignment.ipynb #4e885d96
 import inspect
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backprop import softmax_cross_entropy_backward
+from .backprop import ACTIVATIONS, softmax_cross_entropy_backward
 from .convergence import TwoLayer, train, two_layer
 from .data import Dataset, atomic, mnist
 from .experiments import experiment
@@ -256,6 +256,44 @@ def convergence_loss(
                     engine=engine)
         mse = run.loss / half
         out |= {f"mse {lam:g}": mse[-1], f"curve {lam:g}": mse[::50]}
+    return out
+
+# %% ../nbs/02b_alignment.ipynb #6d72100b
+def dropout_step(
+    Z: Tensor,    # hidden pre-activations, (n, p); changed in place
+    beta: Tensor, # output weights, (p,); changed in place
+    b: Tensor,    # feedback weights, (p,)
+    K: Tensor,    # X Xᵀ, (n, n)
+    y: Tensor,    # targets, (n,)
+    eta: float,   # step size of ½‖e‖²
+    mask: Tensor, # 1/(1 − r) where a hidden unit is kept, 0 where it is dropped, (n, p)
+    activation: str = "identity", # a key of `altbp.backprop.ACTIVATIONS`
+) -> None:
+    "Take one step of @eq-cv-gram with dropout on the hidden units; ValueError for a mask unlike Z."
+    if mask.shape != Z.shape:
+        raise ValueError(f"mask: shape {tuple(mask.shape)}, but Z has {tuple(Z.shape)}")
+    psi, slope = ACTIVATIONS[activation]
+    h, scale = psi(Z) * mask, len(b) ** -0.5
+    e = h @ beta * scale - y
+    back = torch.outer(e, b).mul_(mask).mul_(slope(Z))
+    beta.sub_(e @ h, alpha=eta * scale)
+    Z.addmm_(K, back, alpha=-eta * scale)
+
+# %% ../nbs/02b_alignment.ipynb #f893b818
+@experiment("convergence-dropout", "Alignment of linear nets with dropout in place of decay (Song et al.)",
+            cases=[dict(p=200), dict(p=800), dict(p=3200)], quick=[dict(p=200)],
+            uses=(alignment_problem, dropout_step))
+def convergence_dropout(seed: int, device: str, quick: bool = False, p: int = 200) -> dict:
+    "Return cos(b, β) of a linear net after 5000 √(p/200) steps for each rate of dropout."
+    gen, out = torch.Generator(device).manual_seed(seed), {}
+    net, X, y = alignment_problem("identity", p, gen)
+    K, eta = X @ X.mT, 1e-3 * 2 / len(y)
+    for rate in (0.0, 0.4, 0.6, 0.8):
+        Z, beta, keep = X @ net.W.mT, net.beta.clone(), 1 - rate
+        for _ in range(round(5000 * p**0.5 // round(200**0.5))):
+            mask = (torch.rand(Z.shape, generator=gen, device=Z.device) < keep) / keep
+            dropout_step(Z, beta, net.b, K, y, eta, mask)
+        out[f"cos {rate:g}"] = replace(net, beta=beta).cos.item()
     return out
 
 # %% ../nbs/02b_alignment.ipynb #6af91c10

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from altbp.alignment import (LAMBDAS, alignment_ode, alignment_problem, classifier_state, classifier_step,
-                             fa_classifier, final_alignment, final_cosines, isometry, neuron_constants, settle,
+from altbp.alignment import (LAMBDAS, RATES, alignment_ode, alignment_problem, classifier_state, classifier_step,
+                             convergence_dropout, convergence_sigmoid, dropout_step, fa_classifier, final_alignment, final_cosines, isometry, neuron_constants, settle,
                              slow_alignment)
 from altbp.convergence import cutoff, train, two_layer
 from altbp.data import digits
@@ -183,6 +183,62 @@ def test_final_cosines_align_with_decay():
     assert out == final_cosines("identity", 50, 0, lams=(0.0, 0.5))
 
 
+def test_every_activation_of_the_experiment_has_its_rate():
+    assert LAMBDAS.keys() == RATES.keys() == {"identity", "relu", "tanh", "sigmoid"}
+    assert all(lams[0] == 0 and list(lams) == sorted(lams) for lams in LAMBDAS.values())
+    out = convergence_sigmoid(0, "cpu", p=8)
+    assert [k for k in out if k.startswith("settled")] == [f"settled {lam:g}" for lam in LAMBDAS["sigmoid"]]
+
+
+# Dropout ----------------------------------------------------------------------------------------------------------
+
+def dropout_problem(activation, seed=0):
+    gen = rng(seed)
+    X, y = (torch.randn(*s, dtype=torch.float64, generator=gen) for s in ((5, 4), (5,)))
+    return two_layer(4, 7, activation, generator=gen), X, y, gen
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "sigmoid"])
+def test_nothing_dropped_is_the_plain_step(activation):
+    net, X, y, _ = dropout_problem(activation)
+    Z, beta = X @ net.W.T, net.beta.clone()
+    for _ in range(20):
+        dropout_step(Z, beta, net.b, X @ X.T, y, 0.1, torch.ones_like(Z), activation)
+    end = train(net, X, y, 0.1, 20).net
+    torch.testing.assert_close(beta, end.beta, rtol=0, atol=1e-12)
+    torch.testing.assert_close(Z, X @ end.W.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_dropout_follows_autograd(activation):
+    net, X, y, gen = dropout_problem(activation, 1)
+    mask = (torch.rand(5, 7, generator=gen, dtype=torch.float64) < 0.6) / 0.6
+    W, beta = net.W.clone().requires_grad_(), net.beta.clone().requires_grad_()
+    h = {"identity": lambda z: z, "tanh": torch.tanh}[activation](X @ W.T) * mask / 7**0.5
+    e = (h @ beta - y).detach()
+    dW, = torch.autograd.grad(e @ (h @ net.b), W, retain_graph=True)
+    dbeta, = torch.autograd.grad(e @ (h @ beta), beta)
+    Z, new = X @ net.W.T, net.beta.clone()
+    dropout_step(Z, new, net.b, X @ X.T, y, 0.1, mask, activation)
+    torch.testing.assert_close(new, net.beta - 0.1 * dbeta)
+    torch.testing.assert_close(Z, X @ (net.W - 0.1 * dW).T)
+
+
+def test_dropout_refuses_a_mask_unlike_the_units():
+    net, X, y, _ = dropout_problem("tanh")
+    Z, beta = X @ net.W.T, net.beta.clone()
+    with pytest.raises(ValueError, match=r"mask: shape \(7,\), but Z has \(5, 7\)"):
+        dropout_step(Z, beta, net.b, X @ X.T, y, 0.1, torch.ones(7, dtype=Z.dtype), "tanh")
+    assert torch.equal(beta, net.beta) and torch.equal(Z, X @ net.W.T)
+
+
+def test_dropout_experiment_is_seeded():
+    out = convergence_dropout(3, "cpu", p=8)
+    assert list(out) == [f"cos {u:g}" for u in (0, 0.4, 0.6, 0.8)] and out == convergence_dropout(3, "cpu", p=8)
+    plain = final_cosines("identity", 8, 3, lams=(0.0,))["cos 0"]
+    assert abs(out["cos 0"] - plain) < 1e-4 < abs(out["cos 0.8"] - plain)
+
+
 # Classifier -------------------------------------------------------------------------------------------------------
 
 def test_classifier_step_follows_autograd():
@@ -212,8 +268,8 @@ def test_classifier_refuses_bad_arguments(change, message):
 
 
 def test_authors_experiment_refuses_what_it_lacks():
-    with pytest.raises(ValueError, match="activation: 'sigmoid' is not one of identity, relu, tanh"):
-        final_cosines("sigmoid", 20, 0)
+    with pytest.raises(ValueError, match="activation: 'sine' is not one of identity, relu, tanh, sigmoid"):
+        final_cosines("sine", 20, 0)
     with pytest.raises(ValueError, match="must not be negative"):
         final_cosines("relu", 20, 0, lams=(-0.1,))
 
