@@ -219,7 +219,7 @@ def saved_bytes(
     def pack(t):
         storage = t.untyped_storage()
         if storage._cdata not in known: kept[storage._cdata] = storage
-        return t
+        return t.detach() # an operation that saves its own output would else keep itself alive
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): result = forward()
     del result
     return sum(s.nbytes() for s in kept.values())

@@ -54,9 +54,11 @@ class Claim:
 def _texts(
     a, b, # two numbers
 ):
-    "Write two numbers with three digits, or with all of them if three do not tell them apart."
-    short = [str(x) if isinstance(x, int) else f"{x:.3g}" for x in (a, b)]
-    return short if short[0] != short[1] or a == b else [repr(a), repr(b)]
+    "Write two numbers with three digits, or with as many as it takes to tell them apart."
+    for digits in range(3, 18):
+        short = [str(x) if isinstance(x, int) else f"{x:.{digits}g}" for x in (a, b)]
+        if short[0] != short[1] or a == b: return short
+    return [repr(a), repr(b)]
 
 def _number(
     x,    # number, one-element tensor or array, SymPy number

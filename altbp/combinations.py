@@ -42,11 +42,9 @@ class TokenNet(nn.Module):
         *, source: MaskSource | None = None, # of the branches' keep sets; None: keep everything
     ):
         super().__init__()
-        c, h, w = shape
-        if h % patch or w % patch: raise ValueError(f"patch: {patch} does not divide {h} × {w}")
-        tokens, self.patch = (h // patch) * (w // patch), patch
+        self.shape, self.patch, tokens = tuple(shape), patch, _patches(*shape, patch)
         self.source = MaskSource(1.0) if source is None else source
-        self.embed = nn.Linear(c * patch**2, width)
+        self.embed = nn.Linear(shape[0] * patch**2, width)
         self.mixes = nn.ModuleList(_square(tokens) for _ in range(depth))
         branch = lambda: nn.Sequential(_square(width), nn.LeakyReLU(0.1), _square(width))
         self.branches = nn.ModuleList(SBP(branch(), self.source, rescale=True)
@@ -55,7 +53,9 @@ class TokenNet(nn.Module):
         self.source.attach(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Return the scores of images (B, c, h, w), (B, classes)."
+        "Return the scores of images (B, c, h, w), (B, classes); raise ValueError."
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x: shape {tuple(x.shape)} is not (B, {', '.join(map(str, self.shape))})")
         x = self.embed(F.unfold(x, self.patch, stride=self.patch).mT)
         for mix, branch in zip(self.mixes, self.branches):
             x = x + mix(x.mT).mT
@@ -63,6 +63,15 @@ class TokenNet(nn.Module):
         return self.head(x.flatten(1))
 
 # %% ../nbs/07b_combinations.ipynb #5338eecc
+def _patches(
+    c: int, h: int, w: int, # shape of an image
+    patch: int,             # side of a patch
+) -> int:
+    "Return the number of patches; raise ValueError."
+    if patch < 1 or h % patch or w % patch:
+        raise ValueError(f"patch: {patch} does not divide {h} × {w}")
+    return (h // patch) * (w // patch)
+
 def _square(
     n: int, # units
 ) -> nn.Linear:
@@ -191,7 +200,9 @@ def gate_report(
     model: nn.Module,     # `gate_net`, or its DirectFeedback
     x: Tensor, y: Tensor, # a batch, (B, inputs) and (B,)
 ) -> dict:
-    "Return angles to the exact gradient of the encoder's weights, and distances to the edge work."
+    "Return angles to the encoder's exact gradient, and distances to the edge work; raise ValueError."
+    if any(isinstance(m, AlignedLayer) for m in model.modules()):
+        raise ValueError("model: a layer with feedback of its own; only direct feedback is reported on")
     encoder, shape, _, _, *decoder = [m for _, m in copy.deepcopy(model).double().named_children()]
     x, decoder, B = x.double(), nn.Sequential(*decoder), getattr(model, "feedback_0", None)
     with torch.no_grad(): logits = shape(encoder(x))
@@ -294,12 +305,13 @@ def train_combination(
 TOKEN_CASES = [dict(data=d, rule=r, keep=k) for d, keeps in (("digits", (1.0, 0.5, 0.25)),
                                                             ("mnist", (1.0, 0.5)))
                for r in ("bp", "fa", "gait") for k in keeps]
-TOKEN_CASES += [dict(data="digits", rule="usf", keep=k) for k in (1.0, 0.5, 0.25)]
+TOKEN_CASES += [dict(data="digits", rule="usf", keep=k) for k in (1.0, 0.5, 0.25, 0.0625)]
+TOKEN_CASES += [dict(data="digits", rule="gait", keep=0.0625)]
 TOKEN_RATES = (0.003, 0.01, 0.03)
 
 @experiment("combo-tokens", "Rules with and without stochastic backpropagation on patches",
             cases=TOKEN_CASES, quick=[c for c in TOKEN_CASES[:9] if c["keep"] > 0.3],
-            uses=(TokenNet, to_rule, weight_gradient, gradient_angles, feedback_angle, penalised,
+            uses=(TokenNet, _patches, to_rule, weight_gradient, gradient_angles, feedback_angle, penalised,
                   kept_bytes, train_combination))
 def combo_tokens(seed: int, device: str, quick: bool = False, data: str = "digits",
                  rule: str = "bp", keep: float = 1.0) -> dict:
@@ -312,7 +324,7 @@ def combo_tokens(seed: int, device: str, quick: bool = False, data: str = "digit
     return runs[choose(runs)]
 
 # %% ../nbs/07b_combinations.ipynb #c3410a77
-@experiment("combo-head", "A TokenNet whose head alone is trained, digits", uses=(TokenNet,))
+@experiment("combo-head", "A TokenNet whose head alone is trained, digits", uses=(TokenNet, _patches))
 def combo_head(seed: int, device: str, quick: bool = False) -> dict:
     "Train the head with all of `TOKEN_RATES`; return the run that is best in validation."
     data, found = load("digits", n_val=180, seed=seed), []

@@ -5,7 +5,8 @@ __all__ = ['NETWORKS', 'backprop', 'RULES', 'OPTIMISERS', 'SETTINGS', 'TASKS', '
 
 # %% ../nbs/07a_side_by_side.ipynb #17f928dc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,9 +51,9 @@ def pixel_net(
     stride = 1 if height <= 8 else 2
     stage = lambda c, stride: [nn.Conv2d(c, 16, 3, stride, 1), nn.ReLU(), nn.Conv2d(16, 64, 1),
                                nn.ReLU(), nn.Conv2d(64, 16, 1), nn.ReLU()]
-    size = 16 * (height // stride // 2) * (width // stride // 2)
+    rows, columns = -(-height // stride) // 2, -(-width // stride) // 2
     net = nn.Sequential(*stage(channels, stride), nn.MaxPool2d(2), *stage(16, 1), nn.Flatten(),
-                        nn.Linear(size, 10))
+                        nn.Linear(16 * rows * columns, 10))
     for p in net.parameters():
         if p.dim() > 1: nn.init.kaiming_normal_(p)
     return net
@@ -96,7 +97,7 @@ class ChoiceNet(nn.Module):
 NETWORKS = {"square": square_net, "tanh": tanh_net, "pixel": pixel_net,
             "choice": lambda shape: ChoiceNet(math.prod(shape))}
 
-# %% ../nbs/07a_side_by_side.ipynb #f9e5dadb
+# %% ../nbs/07a_side_by_side.ipynb #8de567f0
 def unrolled(
     net: nn.Module,  # from `NETWORKS`
 ) -> nn.Sequential:  # the same function of x
@@ -107,7 +108,8 @@ def unrolled(
     layers = []
     for old, f in zip(net.layers, net.activations):
         rows = net.n_classes if old is net.layers[-1] else old.out_features
-        new = nn.Linear(old.in_features, rows).to(old.weight)
+        new = nn.utils.skip_init(nn.Linear, old.in_features, rows, device=old.weight.device,
+                                 dtype=old.weight.dtype)
         with torch.no_grad():
             new.weight.copy_(old.weight[:rows])
             new.bias.copy_(old.bias[:rows])
@@ -210,9 +212,11 @@ def thinned(
     model = nn.Sequential(*net[:2], part(*net[2:5]), *net[5:9], part(*net[9:12]), *net[12:])
     source.attach(model)
     def truth(model, x, y):
+        modes = [(m, m.training) for m in model.modules()]
         model.eval()
         try: return backprop(model, x, y)
-        finally: model.train()
+        finally:
+            for m, mode in modes: m.training = mode
     return Setup(model, backprop, [*model.parameters()], truth, loss=plain_loss)
 
 # %% ../nbs/07a_side_by_side.ipynb #4fa35d1c
@@ -242,8 +246,13 @@ class Rule:
     prepare: Callable    # prepare(net, x, seed) -> Setup
     down: str            # what the error comes down through
     chain: bool = True   # every layer waits for the one above
-    slopes: bool = True  # needs the slopes of the units
+    slopes: bool = True  # the way down needs the slopes of the units
     colour: str = "bp"   # a key of the book's colours
+
+    def __post_init__(self):
+        unknown = [n for n in self.networks if n not in NETWORKS]
+        if isinstance(self.networks, str) or unknown:
+            raise ValueError(f"networks: {self.networks!r} is not a tuple of {', '.join(NETWORKS)}")
 
 # %% ../nbs/07a_side_by_side.ipynb #7dc5e1cd
 def _target(rule, **options): return partial(targeted, rule, **options)
@@ -302,7 +311,15 @@ RULES |= {
     "debiased-4": choice_rule("debiased, 4 draws", "debiased", "debiased", k=4),
     "rloo-4": choice_rule("RLOO, 4 draws", "rloo", "rloo", False, k=4)}
 
-# %% ../nbs/07a_side_by_side.ipynb #891241d0
+# %% ../nbs/07a_side_by_side.ipynb #4758c901
+def _one_of(
+    name: str, value, known, # of an argument; what it is; what it may be
+) -> None:
+    "Raise ValueError unless the value is known."
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+
+# %% ../nbs/07a_side_by_side.ipynb #4c08a7f4
 def ready(
     rule: str | Rule, # a key of `RULES`, or a rule of your own
     network: str,     # a key of `NETWORKS`
@@ -311,14 +328,17 @@ def ready(
     device="cpu",
 ) -> Setup:
     "Make the network that all rules share at this seed ready for a rule; raise ValueError."
-    if network not in NETWORKS:
-        raise ValueError(f"network: {network!r} is not one of {', '.join(NETWORKS)}")
-    if isinstance(rule, str) and rule not in RULES:
-        raise ValueError(f"rule: {rule!r} is not one of {', '.join(RULES)}")
-    rule = RULES[rule] if isinstance(rule, str) else rule
+    _one_of("network", network, NETWORKS)
+    if not isinstance(rule, Rule):
+        _one_of("rule", rule, RULES)
+        rule = RULES[rule]
     if network not in rule.networks:
         raise ValueError(f"network: {rule.label} works on {', '.join(rule.networks)}, "
                          f"not on {network}")
+    reads = "(n, channels, height, width)" if network == "pixel" else "(n, pixels)"
+    if x.dim() != reads.count(",") + 1 or len(x) == 0 or x.dtype != torch.float32:
+        raise ValueError(f"x: {network} reads float32 of shape {reads}, "
+                         f"got {x.dtype} of shape {tuple(x.shape)}")
     net = seeded(lambda: NETWORKS[network](tuple(x.shape[1:])), seed, device)
     return rule.prepare(net, x, seed)
 
@@ -328,7 +348,7 @@ OPTIMISERS = {"sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3),
 SETTINGS = (*(("sgd", lr) for lr in (0.01, 0.03, 0.1, 0.3)),
             *(("adam", lr) for lr in (3e-4, 1e-3, 3e-3, 1e-2)))
 
-# %% ../nbs/07a_side_by_side.ipynb #70dad8db
+# %% ../nbs/07a_side_by_side.ipynb #b919d3eb
 def train(
     setup: Setup,
     data: Dataset,
@@ -339,30 +359,32 @@ def train(
 ):                   # a History; its `diverged` is not None after an overflow
     "Train by the rule on batches of 64."
     name, lr = setting
+    _one_of("setting", name, OPTIMISERS)
     optimizer = OPTIMISERS[name](setup.parameters, lr=lr)
-    end = setup.follow(optimizer) if setup.follow else None
-    history = fit(setup.model, (data.x_train, data.y_train), epochs, optimizer, setup.gradients,
-                  seed=seed, metrics=metrics or (lambda m: {}), on_nan="stop")
-    if end: end()
-    return history
+    end = setup.follow(optimizer) if setup.follow else lambda: None
+    try:
+        return fit(setup.model, (data.x_train, data.y_train), epochs, optimizer, setup.gradients,
+                   seed=seed, metrics=metrics or (lambda m: {}), on_nan="stop")
+    finally: end()
 
-# %% ../nbs/07a_side_by_side.ipynb #6bdaefef
+# %% ../nbs/07a_side_by_side.ipynb #7458d518
 def score(
     setup: Setup, history, # after `train`
     x: Tensor, y: Tensor,  # examples
 ) -> dict:                 # loss and accuracy
     "Return loss and accuracy; after an overflow infinity and chance."
-    chance = {"loss": math.inf, "accuracy": 0.1}
+    chance = {"loss": math.inf, "accuracy": 1 / len(y.unique())}
     if history.diverged is not None: return chance
     found = evaluate(setup.model, x, y)
     return found if math.isfinite(found["loss"]) else chance
 
-# %% ../nbs/07a_side_by_side.ipynb #f12e74a2
+# %% ../nbs/07a_side_by_side.ipynb #1024902b
 def tune(
     rule: str | Rule, network: str, data: Dataset, epochs: int, seed: int, device="cpu",
     settings: tuple = SETTINGS, # (optimiser, learning rate)
 ) -> list[dict]:                # loss and accuracy in validation, for each setting
-    "Train once with every setting, all from the same weights and batches."
+    "Train once with every setting, all from the same weights and batches; raise ValueError."
+    if not settings: raise ValueError("settings: there is none to try")
     found = []
     for setting in settings:
         setup = ready(rule, network, data.x_train, seed, device)
@@ -370,14 +392,16 @@ def tune(
         found.append(score(setup, history, data.x_val, data.y_val))
     return found
 
-# %% ../nbs/07a_side_by_side.ipynb #1d3c22f6
+# %% ../nbs/07a_side_by_side.ipynb #ed677e6b
 def choose(
     found: list[dict], # from `tune`
 ) -> int:
-    "Return the index of the best accuracy; among equals, of the lowest loss."
-    return max(range(len(found)), key=lambda i: (found[i]["accuracy"], -found[i]["loss"]))
+    "Return the index of the best accuracy; among equals, of the lowest loss; raise ValueError."
+    if not found: raise ValueError("found: there is nothing to choose from")
+    known = [i for i, f in enumerate(found) if f["accuracy"] == f["accuracy"]] or [0] # NaN apart
+    return max(known, key=lambda i: (found[i]["accuracy"], -found[i]["loss"]))
 
-# %% ../nbs/07a_side_by_side.ipynb #ea90e2d5
+# %% ../nbs/07a_side_by_side.ipynb #fb7d71aa
 def _angle(
     u: Tensor | None, v: Tensor | None, # gradients of one weight
 ) -> float:
@@ -385,18 +409,39 @@ def _angle(
     try: return angle(u, v)
     except (AttributeError, ValueError): return math.nan
 
+# %% ../nbs/07a_side_by_side.ipynb #f61e2860
+@contextmanager
+def _untouched(
+    setup: Setup,
+    seed: int, # of draws
+) -> Iterator[None]:
+    "Put back gradients, modes, buffers and random states at the end."
+    model, grads = setup.model, [(p, p.grad) for p in setup.model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    sources = {m.source: m.source.state_dict() for m in model.modules() if isinstance(m, SBP)}
+    try:
+        with seeded_rng(seed), torch.enable_grad(): yield
+    finally:
+        for p, g in grads: p.grad = g
+        for m, mode in modes: m.training = mode
+        for b, old in buffers: b.copy_(old)
+        for source, state in sources.items(): source.load_state_dict(state)
+
 # %% ../nbs/07a_side_by_side.ipynb #afebfcf8
 def angles(
     setup: Setup,
     x: Tensor, y: Tensor, # a batch
+    seed: int = 0,        # of draws; what the training draws next is not disturbed
 ) -> list[float]:         # degrees, NaN where there is no direction
-    "Return every weight's angle between the rule's gradient and backpropagation's."
+    "Return every weight's angle between the rule's gradient, in training, and backpropagation's."
     found = []
-    for rule in (setup.update or setup.gradients, setup.truth):
-        for p in setup.parameters: p.grad = None
-        rule(setup.model, x, y)
-        found.append([p.grad for p in setup.weights])
-    for p in setup.parameters: p.grad = None
+    with _untouched(setup, seed):
+        setup.model.train()
+        for rule in (setup.update or setup.gradients, setup.truth):
+            for p in setup.parameters: p.grad = None
+            rule(setup.model, x, y)
+            found.append([p.grad for p in setup.weights])
     return [_angle(*pair) for pair in zip(*found)]
 
 # %% ../nbs/07a_side_by_side.ipynb #759ec98b
@@ -404,11 +449,13 @@ def kept_bytes(
     setup: Setup,
     x: Tensor, y: Tensor, # a batch
 ) -> dict[str, int]:      # step: kept until the backward pass; state: kept between steps
-    "Return the bytes that a rule keeps, without weights and optimiser."
+    "Return the bytes that a rule keeps, without weights and optimiser; raise ValueError."
     fixed = (*setup.model.parameters(), *setup.model.buffers())
     own = {id(p) for p in setup.parameters}
     if setup.loss:
-        step = saved_bytes(lambda: setup.loss(setup.model, x, y), fixed)
+        with _untouched(setup, 0): step = saved_bytes(lambda: setup.loss(setup.model, x, y), fixed)
+    elif not hasattr(setup.model, "activities"):
+        raise ValueError("setup: needs a loss, or a model with activities")
     else:
         with torch.no_grad(): acts = setup.model.activities(x)
         tensors = [x, *(t for part in acts for t in (part if isinstance(part, list) else [part]))]
@@ -433,15 +480,17 @@ TASKS = {"digits": Task("digits", {"square": 20, "tanh": 20, "pixel": 15, "choic
          "fashion_mnist": Task("fashion_mnist", {"square": 5, "tanh": 5}, 5000, 1000, pool=2),
          "cifar10": Task("cifar10", {"pixel": 4}, 4000, 1000)}
 
-# %% ../nbs/07a_side_by_side.ipynb #5786dffc
+# %% ../nbs/07a_side_by_side.ipynb #a0c60f40
 def task_data(
     name: str,            # a key of `TASKS`
     network: str,         # flat inputs unless it is pixel
     seed: int = 0,        # of the split
     quick: bool = False,  # 640 examples for training, except of the digits
 ) -> Dataset:
-    "Return a task's data in the shape that the network reads."
+    "Return a task's data in the shape that the network reads; raise ValueError."
+    _one_of("name", name, TASKS)
     task = TASKS[name]
+    _one_of("network", network, task.epochs)
     n_train = task.n_train and (640 if quick else task.n_train)
     data = load(task.data, n_train, task.n_val, task.n_test, seed=seed)
     if network == "pixel": return data
@@ -458,7 +507,7 @@ def watched(
     "Record angles, and what theory predicts for them, before training and after every epoch."
     out = {"angles": []}
     def look(model):
-        with seeded_rng(seed): out["angles"].append(angles(setup, x, y))
+        out["angles"].append(angles(setup, x, y, seed))
         if isinstance(model, InvertibleMLP):
             found = predicted_angle([layer.weight.detach() for layer in model.layers[1:]])
             out.setdefault("predicted", []).append(found)
@@ -468,19 +517,20 @@ def watched(
     look(setup.model)
     return out, look
 
-# %% ../nbs/07a_side_by_side.ipynb #df3c38c7
+# %% ../nbs/07a_side_by_side.ipynb #d69c8a9a
 def mean_of(
-    runs: list, # nested lists of one shape, with None or NaN for what has no value
+    runs: list, # nested lists of one shape, with NaN for what has no value
 ):
-    "Return the entry-wise mean over the first dimension, as nested lists."
-    return torch.tensor(runs, dtype=torch.float64).mean(0).tolist()
+    "Return the entry-wise mean over the runs that have a value, as nested lists."
+    return torch.tensor(runs, dtype=torch.float64).nanmean(0).tolist()
 
-# %% ../nbs/07a_side_by_side.ipynb #862c94ff
+# %% ../nbs/07a_side_by_side.ipynb #a1140138
 def compete(
     rule: str, network: str, task: str, seed: int, device="cpu", quick: bool = False,
     repeats: int = 5, # fresh seeds for the test
 ) -> dict:
-    "Tune a rule on the validation part with one seed, then train and test it with fresh seeds."
+    "Tune on the validation part with one seed, train and test with fresh ones; raise ValueError."
+    if repeats < 1: raise ValueError(f"repeats: {repeats} is not 1, 2, 3, …")
     data = task_data(task, network, seed, quick).to(device)
     epochs = TASKS[task].epochs[network] // (3 if quick else 1)
     settings = SETTINGS[1::5] if quick else SETTINGS
@@ -498,12 +548,12 @@ def compete(
             "kept": kept_bytes(setup, *batch)} | {
             k: mean_of([c[k] for c in whole]) for k in (whole[0] if whole else ())}
 
-# %% ../nbs/07a_side_by_side.ipynb #82bdfd4e
+# %% ../nbs/07a_side_by_side.ipynb #e56cb66c
 FAMILY = ("bp", "fa", "dfa", "usf", "frsf", "brsf", "kp")
 CASES = {"square": (*FAMILY, "bp-penalty", "itp", "gait", "gait-penalty"), "tanh": ("bp", "dtp"),
          "pixel": (*FAMILY, *(k for k in RULES if k.startswith("sbp"))),
          "choice": tuple(k for k, r in RULES.items() if r.networks == ("choice",))}
-USES = (compete, watched, mean_of, task_data, tune, choose, train, score, angles, kept_bytes,
+USES = (compete, _one_of, _untouched, watched, mean_of, task_data, tune, choose, train, score, angles, kept_bytes,
         ready, plain, aligned, targeted, decoded, thinned, estimated, unrolled, square_net,
         tanh_net, pixel_net, ChoiceNet, sbp_rule, choice_rule)
 
@@ -555,7 +605,7 @@ def side_images(
     "Tune on the validation part, then train and test afresh."
     return compete(rule, network, task, seed, device, quick, repeats=3)
 
-# %% ../nbs/07a_side_by_side_maps.ipynb #876c750e
+# %% ../nbs/07a_side_by_side_maps.ipynb #15fde081
 def gradient_noise(
     setup: Setup,
     x: Tensor, y: Tensor, # all training examples
@@ -563,16 +613,19 @@ def gradient_noise(
     draws: int = 32,      # batches, each with its own draw of the rule
     seed: int = 0,        # of the batches
 ) -> float:               # in units of the squared norm of the full gradient
-    "Return the mean squared distance of a batch's update to the gradient of all examples."
+    "Return the mean squared distance of a batch's update to the gradient of all; raise ValueError."
+    if not 1 <= batch <= len(x): raise ValueError(f"batch: {batch} is not from 1 to {len(x)}")
+    if draws < 1: raise ValueError(f"draws: {draws} is not 1, 2, 3, …")
     def gradient(rule, i):
-        for p in setup.parameters: p.grad = None
+        for p in setup.parameters: p.grad = torch.zeros_like(p)
         rule(setup.model, x[i], y[i])
         return torch.cat([p.grad.flatten() for p in setup.parameters])
     g = torch.Generator().manual_seed(seed)
-    full, total = gradient(setup.truth, slice(None)), 0.0
-    for _ in range(draws):
-        i = torch.randperm(len(x), generator=g)[:batch]
-        total += (gradient(setup.gradients, i) - full).square().sum().item() / draws
+    with _untouched(setup, seed):
+        full, total = gradient(setup.truth, slice(None)), 0.0
+        for _ in range(draws):
+            i = torch.randperm(len(x), generator=g)[:batch]
+            total += (gradient(setup.gradients, i) - full).square().sum().item() / draws
     return total / full.square().sum().item()
 
 # %% ../nbs/07a_side_by_side_maps.ipynb #73848ea4

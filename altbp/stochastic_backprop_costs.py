@@ -37,7 +37,12 @@ def block_memory(
     fused: bool = True,   # attention by one kernel, which keeps no attention map
     impl: str = "split",  # of position-wise parts: split or recompute
 ) -> int:                 # numbers per example
-    "Return how many numbers a block keeps for its backward pass, @eq-sbx-vit, @eq-sbx-convnext."
+    """Return how many numbers a block keeps for its backward pass, @eq-sbx-vit, @eq-sbx-convnext.
+
+    Dense blocks and checkpoints keep all positions, whatever `n`. Raise ValueError."""
+    if impl not in ("split", "recompute"): raise ValueError(f"impl: {impl!r} is unknown")
+    if min(N, C) < 1 or heads < 0 or any(v != int(v) for v in (N, C, heads, n or 1)):
+        raise ValueError(f"N, C, n, heads: {N}, {C}, {n}, {heads} are not counts")
     if kind not in ("vit", "convnext"): raise ValueError(f"kind: {kind!r} is not vit or convnext")
     if mode not in MEMORY_MODES:
         raise ValueError(f"mode: {mode!r} is not one of {', '.join(MEMORY_MODES)}")
@@ -146,6 +151,7 @@ class Budget(NamedTuple):
     bytes: float       # with SBP
     dense: float       # without
 
+# %% ../nbs/05c_stochastic_backprop_costs.ipynb #cbec36e1
 def _measured(
     model: nn.Module,
     x: Tensor,    # a batch of at least 2
@@ -159,6 +165,7 @@ def _measured(
             return bytes_per_example(model, x, list(model.parameters()))
 
 # %% ../nbs/05c_stochastic_backprop_costs.ipynb #0b22d7d6
+@torch.enable_grad()
 def fit_budget(
     model: nn.Module,         # in training mode
     x: Tensor,                # a batch of at least 2
@@ -169,13 +176,19 @@ def fit_budget(
 ) -> Budget:
     """Return the first keep ratio whose plan fits a budget, and of the plan only what is needed.
 
-    Raise ValueError, with the least that was reached, if none fits."""
+    A ratio whose grid would be empty is passed over. Raise ValueError, with the least that was
+    reached, if none fits."""
     if not model.training: raise ValueError("model: nothing is dropped in evaluation mode")
+    if not budget > 0: raise ValueError(f"budget: {budget} bytes is not a positive number")
     plan = paper_plan(model) if plan is None else dict(plan)
     dense = bytes_per_example(model, x, list(model.parameters()))
-    if dense <= budget: return Budget({}, 1.0, dense, dense)
+    if (least := dense) <= budget: return Budget({}, 1.0, dense, dense)
     for r in ratios:
-        least = _measured(model, x, plan, r, options)
+        try: size = _measured(model, x, plan, r, options)
+        except ValueError as e:
+            if "a grid of period" in str(e): continue
+            raise
+        least = min(least, size)
         if least <= budget: break
     else: raise ValueError(f"budget: {budget:.4g} bytes per example; this plan reaches {least:.4g}")
     for name in list(plan):
@@ -289,12 +302,16 @@ def linear_cka(
     if len(x) != len(y): raise ValueError(f"x, y: {len(x)} and {len(y)} examples")
     kernels = []
     for f in (x, y):
-        f = f.detach().flatten(1).double() - f.detach().flatten(1).double().mean(0)
-        kernels.append(f @ f.mT)
+        f = f.detach().flatten(1).double()
+        if not f.isfinite().all(): raise ValueError("x, y: features that are not finite")
+        centred = f - f.mean(0)
+        if centred.norm() <= 1e-12 * f.norm():
+            raise ValueError("x, y: features that do not vary have no CKA")
+        kernels.append(centred @ centred.mT)
     a, b = kernels
-    if not a.any() or not b.any(): raise ValueError("x, y: features that do not vary have no CKA")
     return ((a * b).sum() / (a.norm() * b.norm())).item()
 
+# %% ../nbs/05c_stochastic_backprop_costs.ipynb #0de2f875
 @torch.no_grad()
 def block_features(
     model: nn.Module, # a ViT or ConvNeXt

@@ -116,6 +116,14 @@ def test_front_matter(page):
 
 
 @each(NOTEBOOKS)
+def test_options_of_cells_are_yaml(page):
+    for c in cells(page, "code"):
+        lines = re.findall(r"^#\| (\S+:.*)$", c["source"], re.M)
+        options = yaml.safe_load("\n".join(lines)) or {}
+        assert len(options) == len(lines), c["source"][:80]
+
+
+@each(NOTEBOOKS)
 def test_cell_limits(page):
     code = [lines(c["source"]) for c in cells(page, "code") if c["source"].strip()]
     assert max(code) <= 30 and statistics.median(code) <= 8

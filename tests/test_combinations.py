@@ -49,9 +49,21 @@ def test_token_net_computes_what_it_says(training):
     torch.testing.assert_close(net(x), by_hand(net, x))
 
 
-def test_token_net_refuses_patches_that_do_not_fit():
-    with pytest.raises(ValueError, match="patch: 3"):
-        TokenNet(patch=3)
+@pytest.mark.parametrize("patch", [3, 0, -2])
+def test_token_net_refuses_patches_that_do_not_fit(patch):
+    with pytest.raises(ValueError, match=f"patch: {patch} does not divide"):
+        TokenNet(patch=patch)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 1, 4, 16), (2, 3, 8, 8)])
+def test_token_net_refuses_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"x: shape .* is not \(B, 1, 8, 8\)"):
+        TokenNet()(torch.rand(shape))
+
+
+def test_gate_report_refuses_feedback_that_it_does_not_know():
+    with pytest.raises(ValueError, match="model: a layer with feedback of its own"):
+        gate_report(to_rule(gate_net("st"), "fa"), torch.rand(4, 64), torch.arange(4))
 
 
 def test_conversion_keeps_names_and_draws_new_masks_every_pass():

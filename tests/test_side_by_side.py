@@ -55,7 +55,7 @@ def test_all_rules_start_from_the_same_function(network):
     assert not torch.allclose(logits_of(side.ready(side.CASES[network][0], network, x, seed=4), x), scores[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (1, 31, 29), (3, 32, 32)])
 def test_pixel_net_fits_its_images(shape):
     assert side.pixel_net(shape)(torch.rand(2, *shape)).shape == (2, 10)
 
@@ -140,6 +140,46 @@ def test_kolen_pollack_follows_the_optimiser(optimizer):
     assert float(gap() / before) == pytest.approx((1 - lr * decay) ** len(history["loss"]), rel=1e-4)
 
 
+def test_an_error_in_training_leaves_no_hooks():
+    data = small_data("square")
+    setup = side.ready("kp", "square", data.x_train)
+    kept = []
+    before, setup.follow = setup.follow, lambda optimizer: (kept.append(optimizer), before(optimizer))[1]
+    with pytest.raises(ZeroDivisionError):
+        side.train(setup, data, ("sgd", 0.01), 2, metrics=lambda m: 1 / 0)
+    assert not kept[0]._optimizer_step_pre_hooks and not kept[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("network, rule", [("pixel", "sbp-0.5-unbiased"), ("pixel", "brsf"), ("choice", "reinmax"),
+                                           ("tanh", "dtp")])
+def test_measuring_changes_nothing(network, rule):
+    data = small_data(network)
+    x, y = data.x_train, data.y_train
+    losses = []
+    for look in (False, True):
+        setup = side.ready(rule, network, x)
+        state = torch.get_rng_state()
+        if look:
+            setup.model.eval()
+            setup.parameters[0].grad = marked = torch.ones_like(setup.parameters[0])
+            a = side.angles(setup, x, y)
+            assert a == side.angles(setup, x, y)
+            side.kept_bytes(setup, x, y)
+            assert setup.parameters[0].grad is marked and not any(m.training for m in setup.model.modules())
+            setup.model.train()
+        assert torch.equal(state, torch.get_rng_state())
+        losses.append(side.train(setup, data, ("sgd", 0.01), 1)["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_measuring_noise_changes_nothing_that_is_drawn():
+    x, y = batch("pixel")
+    setup = side.ready("sbp-0.5-unbiased", "pixel", x)
+    state = torch.get_rng_state()
+    found = [side.gradient_noise(setup, x, y, 8, draws=3) for _ in range(2)]
+    assert found[0] == found[1] > 0 and torch.equal(state, torch.get_rng_state())
+
+
 def test_an_overflow_ends_a_run_without_an_error():
     data = small_data("square")
     setup = side.ready("itp", "square", data.x_train)
@@ -186,6 +226,10 @@ def test_tuning_is_the_same_twice_and_finds_the_best():
     assert found[0] == found[1] and len(found[0]) == len(side.SETTINGS)
     best = side.choose(found[0])
     assert found[0][best]["accuracy"] == max(f["accuracy"] for f in found[0]) > 0.3
+
+
+def test_choose_passes_over_what_has_no_value():
+    assert side.choose([{"accuracy": math.nan, "loss": 0.0}, {"accuracy": 0.9, "loss": 1.0}]) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 2)), min_size=1, max_size=8))
@@ -235,6 +279,30 @@ def test_pooling_averages_pixels(monkeypatch):
     parts = {k: x for k in ("x_train", "x_val", "x_test")} | {k: torch.zeros(1).long() for k in ("y_train", "y_val", "y_test")}
     monkeypatch.setattr(side, "load", lambda *a, **k: Dataset("toy", ("0",), **parts))
     assert side.task_data("mnist", "square").x_test.tolist() == [[2.5, 4.5, 10.5, 12.5]]
+
+
+def test_entries_without_a_value_are_left_out_of_a_mean():
+    assert side.mean_of([[1.0, math.nan], [3.0, 5.0]]) == [2.0, 5.0]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: side.ready("bp", "pixel", x), "x: pixel reads float32 of shape"),
+    (lambda x: side.ready("bp", "square", x.double()), "x: square reads float32"),
+    (lambda x: side.ready("bp", "square", x[:0]), "x: square reads float32"),
+    (lambda x: side.ready(None, "square", x), "rule: None is not one of"),
+    (lambda x: side.Rule("mine", "square", side.plain, "nothing"), "networks: 'square' is not a tuple"),
+    (lambda x: side.train(side.ready("bp", "square", x), None, ("lion", 0.1), 1), "setting: 'lion' is not one of sgd, adam"),
+    (lambda x: side.tune("bp", "square", None, 1, 0, settings=()), "settings: there is none"),
+    (lambda x: side.choose([]), "found: there is nothing"),
+    (lambda x: side.task_data("imagenet", "square"), "name: 'imagenet' is not one of digits"),
+    (lambda x: side.task_data("cifar10", "square"), "network: 'square' is not one of pixel"),
+    (lambda x: side.compete("bp", "square", "digits", 0, repeats=0), "repeats: 0"),
+    (lambda x: side.gradient_noise(side.ready("bp", "square", x), x, None, batch=9), "batch: 9 is not from 1 to 2"),
+    (lambda x: side.gradient_noise(side.ready("bp", "square", x), x, None, batch=1, draws=0), "draws: 0"),
+    (lambda x: side.kept_bytes(side.Setup(nn.Linear(64, 10), None, []), x, None), "setup: needs a loss")])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.rand(2, 64))
 
 
 @pytest.mark.parametrize("args, message", [

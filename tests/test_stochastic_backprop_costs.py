@@ -95,6 +95,22 @@ def test_a_budget_is_met_with_as_little_as_possible():
     with pytest.raises(ValueError, match="evaluation mode"): C.fit_budget(model.eval(), x, dense)
 
 
+def test_budget_says_what_is_reached_when_a_grid_would_be_empty():
+    model, x = P.ViT(16, 4, 3, embed_dim=48, depth=4), torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="budget: 1 bytes per example; this plan reaches"): C.fit_budget(model, x, 1)
+    with pytest.raises(ValueError, match="this plan reaches"): C.fit_budget(model, x, 1e5, ratios=())
+    for wrong in (math.nan, 0, -1.0):
+        with pytest.raises(ValueError, match="is not a positive number"): C.fit_budget(model, x, wrong)
+    with torch.no_grad(): assert C.fit_budget(model, x, 1e9).dense > 1e5
+
+
+@pytest.mark.parametrize("options", [dict(C=-4), dict(n=2.5), dict(heads=-3), dict(impl="hook"), dict(N=0)])
+def test_block_memory_refuses_what_is_no_count(options):
+    with pytest.raises(ValueError, match="are not counts|impl: 'hook'"):
+        C.block_memory(**dict(kind="vit", mode="query", N=16, C=4) | options)
+
+
+
 # Features ---------------------------------------------------------------------------------------------------------
 
 @settings(deadline=None, max_examples=20)
@@ -115,6 +131,8 @@ def test_cka_is_invariant_to_rotation_and_scale(n, d, seed):
 def test_cka_needs_matching_features_that_vary():
     with pytest.raises(ValueError, match="3 and 4"): C.linear_cka(torch.ones(3, 2), torch.ones(4, 2))
     with pytest.raises(ValueError, match="vary"): C.linear_cka(torch.ones(3, 2), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="vary"): C.linear_cka(torch.full((5, 3), 0.1).double(), torch.randn(5, 3))
+    with pytest.raises(ValueError, match="not finite"): C.linear_cka(torch.full((3, 2), math.nan), torch.randn(3, 2))
 
 
 @every
