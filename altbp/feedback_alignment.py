@@ -9,7 +9,6 @@ __all__ = ['RULES', 'MODES', 'SCALE_RATES', 'TABLE', 'draw_feedback', 'backward_
 
 # %% ../nbs/01_feedback_alignment.ipynb #23e380e1
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -76,8 +75,12 @@ def _source(
     return torch.Generator().manual_seed((0x9E3779B9 * int(generator) + 0xFEEDBACC) % 2**62)
 
 # %% ../nbs/01_feedback_alignment.ipynb #983accc6
-@torch.library.custom_op("altbp::magnitudes", mutates_args=())
-def _magnitudes(scale: Tensor, key: Tensor, shape: list[int], law: str) -> Tensor:
+_operators = torch.library.Library(__name__.split(".")[-1].strip("_"), "FRAGMENT")
+_name = f"{_operators.ns}::magnitudes"  # the notebook's own, beside the package's
+_operators.define("magnitudes(Tensor scale, Tensor key, SymInt[] shape, str law) -> Tensor")
+
+@torch.library.impl(_name, "CompositeExplicitAutograd", lib=_operators)
+def _draw(scale, key, shape, law):
     "Return positive numbers of root mean square `scale`, a function of the key (seed, step)."
     seed, step = key.tolist()
     g = torch.Generator(scale.device).manual_seed((seed * 0x9E3779B1 + step) % 2**62)
@@ -85,12 +88,14 @@ def _magnitudes(scale: Tensor, key: Tensor, shape: list[int], law: str) -> Tenso
     if law == "normal": return out.normal_(0, s, generator=g).abs_()
     return out.uniform_(0, math.sqrt(3) * s, generator=g)
 
-@_magnitudes.register_fake
+_magnitudes = getattr(torch.ops, _operators.ns).magnitudes.default
+
+@torch.library.register_fake(_name, lib=_operators)
 def _fake(scale, key, shape, law):
     "The shape of the result, for torch.compile."
     return torch.empty(shape, device=scale.device)
 
-@_magnitudes.register_vmap
+@torch.library.register_vmap(_name, lib=_operators)
 def _batched(info, in_dims, scale, key, shape, law):
     "One draw for each member of the batch."
     at = lambda t, dim, i: t if dim is None else t.select(dim, i)
@@ -115,7 +120,14 @@ def backward_weight(
     return torch.sign(weight) * feedback.to(weight.dtype)
 
 # %% ../nbs/01_feedback_alignment.ipynb #004f6ed2
-class _Linear(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    "Called with all arguments in place: past torch's search for defaults at every call."
+    @classmethod
+    def apply(cls, *args):
+        if torch._C._are_functorch_transforms_active(): return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+class _Linear(_Function):
     "z = x Wᵀ + b whose delta goes down through the feedback."
     generate_vmap_rule = True
 
@@ -189,7 +201,7 @@ def fa_linear(
     return out if x.dim() > 1 else out[0]
 
 # %% ../nbs/01_feedback_alignment.ipynb #27f6962d
-class _Conv(torch.autograd.Function):
+class _Conv(_Function):
     "A convolution of any kind whose delta goes down through the feedback."
     generate_vmap_rule = True
 
@@ -214,9 +226,6 @@ class _Conv(torch.autograd.Function):
             dx = grads(backward_weight(weight, feedback, ctx.mode, key), True, False, False)[0]
         if for_W or for_b: _, dW, db = grads(weight, False, for_W, for_b)
         return dx, dW, db, None, None, None, None
-
-for _f in (_Linear, _Conv):  # else torch inspects the signature at every call
-    _f.forward.__signature__ = inspect.signature(_f.forward)
 
 # %% ../nbs/01_feedback_alignment.ipynb #65938792
 def fa_conv(
@@ -516,7 +525,7 @@ def _decays(
     return out
 
 # %% ../nbs/01_feedback_alignment.ipynb #7a691f89
-class _Direct(torch.autograd.Function):
+class _Direct(_Function):
     "The output; its gradient also goes to every hidden state, through matrices of their own."
     generate_vmap_rule = True
 

@@ -3,7 +3,9 @@
 A **task** is a dictionary of calls that take turns: in every round each call runs once, in a new random order, so that a
 busy moment of the machine hits all alike. Times are CPU times of one thread, on a GPU wall-clock times till it is idle. A row
 gives the median time of a call, and the median and the quartiles of its ratios to the reference's time in the same round.
-A **limit** is a number that was set before anything was measured; its verdict is the median's.
+A task may be built several times: where a call's memory happens to lie moves its time by a few percent for as long as it
+lives, and more rounds do not help against that; `between` is the standard deviation of the builds' medians. A **limit** is a
+number that was set before anything was measured; its verdict is the median's.
 """
 import argparse
 import datetime
@@ -31,28 +33,33 @@ FORMAT = 2  # of the file
 
 # Time and memory ----------------------------------------------------------------------------------------------------
 
-def interleaved(calls, rounds, device="cpu", every=None, per=None):
-    """Return the seconds of every call in each round: divided by `per`, None where it sits out all but one in `every`.
+def interleaved(calls, rounds, device="cpu", every=None, per=None, builds=None):
+    """Return the seconds of every call in each round, and the calls: divided by `per`, None where one sits out all but one in `every`.
 
-    Up to two rounds come before those that count.
+    Up to two rounds come before those that count. With `builds`, the values make the calls: so many times, in a random order,
+    each time for its share of the rounds.
     """
     gpu, every, per = device != "cpu", every or {}, per or {}
     wait, clock = (torch.cuda.synchronize, time.perf_counter) if gpu else (lambda: None, time.process_time)
-    order, times, rng = list(calls), {name: [] for name in calls}, random.Random(0)
-    for r in range(-min(2, rounds - 1), rounds):
+    order, times, rng, n = list(calls), {name: [] for name in calls}, random.Random(0), builds or 1
+    for b in range(n):
         rng.shuffle(order)
-        gc.collect()  # not within a call
-        for name in order:
-            if r >= 0 and r % every.get(name, 1):
-                times[name].append(None)
-                continue
-            wait()
-            start = clock()
-            calls[name]()
-            wait()
-            if r >= 0:
-                times[name].append((clock() - start) / per.get(name, 1))
-    return times
+        built = {name: calls[name]() for name in order} if builds else calls
+        first, last = rounds * b // n, rounds * (b + 1) // n
+        for r in range(first - min(2, rounds - 1), last):
+            rng.shuffle(order)
+            gc.collect()  # not within a call
+            for name in order:
+                if r >= first and r % every.get(name, 1):
+                    times[name].append(None)
+                    continue
+                wait()
+                start = clock()
+                built[name]()
+                wait()
+                if r >= first:
+                    times[name].append((clock() - start) / per.get(name, 1))
+    return times, built
 
 
 def peak_bytes(call):
@@ -72,18 +79,27 @@ def middle(values):
     return statistics.median(values), quartiles
 
 
+def between(values, builds):
+    """Return the standard deviation of the builds' medians, each of its share of the values."""
+    n = len(values)
+    return statistics.stdev(statistics.median(values[n * b // builds : n * (b + 1) // builds]) for b in range(builds))
+
+
 class Task(dict):
     """The record of calls that took turns. Rows and tasks may be given fields of their own, for instance bytes."""
 
-    def __init__(self, calls, reference, rounds, device="cpu", *, every=None, per=None, **about):
-        self.times = interleaved(calls, rounds, device, every, per)
-        super().__init__(device=device, reference=reference, **about, rows={}, limits=[])
+    def __init__(self, calls, reference, rounds, device="cpu", *, every=None, per=None, builds=None, **about):
+        self.times, built = interleaved(calls, rounds, device, every, per, builds)
+        super().__init__(device=device, reference=reference, **({"builds": builds} if builds else {}), **about, rows={}, limits=[])
         for name, t in self.times.items():
             known = [s for s in t if s is not None]
-            ratio, spread = middle(self.ratios(name, reference))
+            ratios = self.ratios(name, reference)
+            ratio, spread = middle(ratios)
             self["rows"][name] = dict(ms=1e3 * statistics.median(known), ratio=ratio, spread=spread, rounds=len(known))
+            if builds and builds > 1:
+                self["rows"][name]["between"] = between(ratios, builds)
             if device != "cpu":
-                self["rows"][name]["peak_bytes"] = peak_bytes(calls[name])
+                self["rows"][name]["peak_bytes"] = peak_bytes(built[name])
 
     def ratios(self, name, base):
         """Return the ratios of two calls' times in the rounds that both took part in."""
@@ -95,6 +111,8 @@ class Task(dict):
         met = value <= bound if op == "<=" else value >= bound
         self["limits"].append(dict(what=what, value=value, spread=spread, op=op, limit=bound,
                                    verdict="met" if met else "missed"))
+        if self.get("builds", 1) > 1 and isinstance(values, list):
+            self["limits"][-1]["between"] = between(values, self["builds"])
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------
@@ -140,7 +158,8 @@ def show(name, task):
         kept = "".join(f"  {r[k] / 2**20:9.2f} MiB" for k in ("saved_bytes", "peak_bytes") if k in r)
         print(f"  {row:44s} {r['ms']:10.3f} ms {r['ratio']:8.3f}  {r['spread'][0]:.3f} … {r['spread'][1]:.3f}{kept}")
     for x in task["limits"]:
-        print(f"  {x['verdict']:6s}  {x['what']}: {x['value']:.3g}, limit {x['op']} {x['limit']:g}", flush=True)
+        builds = f" (builds differ by {x['between']:.2g})" if "between" in x else ""
+        print(f"  {x['verdict']:6s}  {x['what']}: {x['value']:.3g}{builds}, limit {x['op']} {x['limit']:g}", flush=True)
 
 
 def main(measure, doc, rounds, peers=(), argv=None):

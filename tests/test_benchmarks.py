@@ -103,6 +103,27 @@ def test_a_call_may_sit_out_and_may_make_several_steps(common, clock):
     assert task["rows"]["many"] == dict(ms=500, ratio=0.5, spread=[0.5, 0.5], rounds=5)
 
 
+def test_a_task_may_be_built_several_times(common, clock):
+    built, per_build = [], {"a": [9, 9, 2, 4], "b": [9, 9, 1, 1]}  # two rounds of each build do not count
+
+    def builder(name):
+        def build():
+            built.append(name)
+            return clock(*(t * len(built) for t in per_build[name]))
+
+        return build
+
+    task = common.Task({"a": builder("a"), "b": builder("b")}, "b", 6, every={"a": 2}, builds=3)
+    assert len(built) == 6 and all(sorted(built[i : i + 2]) == ["a", "b"] for i in (0, 2, 4)) and task["builds"] == 3
+    assert [t is None for t in task.times["a"]] == [False, True] * 3 and None not in task.times["b"]
+    which = [built[i : i + 2].index("b") for i in (0, 2, 4)]
+    assert task.times["b"] == [s for i, k in zip((1, 3, 5), which) for s in [i + k] * 2]
+    assert task["rows"]["a"]["rounds"] == 3 and task["rows"]["b"]["rounds"] == 6
+    assert common.between([1, 2, 3, 7, 7, 7], 2) == pytest.approx(5 / 2**0.5)  # medians 2 and 7
+    task.limit("ratio", task.ratios("b", "a"), "<=", 1)
+    assert task["limits"][0]["between"] == common.between(task.ratios("b", "a"), 3) > 0 and task["rows"]["b"]["between"] == 0
+
+
 def test_calls_take_turns_in_changing_order(common):
     order = []
     common.interleaved({k: lambda k=k: order.append(k) for k in "abc"}, 10)

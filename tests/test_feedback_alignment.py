@@ -4,6 +4,8 @@ from collections import OrderedDict
 import copy
 import io
 import math
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -190,6 +192,26 @@ def test_backward_of_fresh_magnitudes_is_that_of_its_own_forward():
     B = layer.effective_feedback()
     layer(x)  # a later call moves on to the next draw
     torch.testing.assert_close(torch.autograd.grad(first.sum(), x)[0], torch.ones(2, 4) @ B)
+
+
+@pytest.mark.parametrize("law", ["uniform", "normal"])
+def test_fresh_magnitudes_are_an_operator_that_torch_accepts(law):
+    result = torch.library.opcheck(fa._magnitudes, (torch.tensor(0.1), torch.tensor([3, 4]), [5, 4], law))
+    assert result and set(result.values()) == {"SUCCESS"}
+
+
+def test_the_module_may_be_loaded_again():
+    """As when the cell that defines the operator is run twice, or the notebook beside the package."""
+    code = """if True:
+        import importlib, runpy, torch, altbp.feedback_alignment as fa
+        step = lambda fa: fa.Linear(3, 2, rule="brsf", generator=0)(torch.ones(4, 3, requires_grad=True)).sum().backward()
+        step(fa)
+        fa = importlib.reload(fa)
+        step(fa)
+        again = runpy.run_module("altbp.feedback_alignment", run_name="__main__")
+        step(__import__("types").SimpleNamespace(**again))
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -511,6 +533,7 @@ def _rank(rank, file, out):
         effective = {k: m.effective_feedback() for k, m in model.named_modules() if isinstance(m, fa.AlignedLayer)}
         results[rule] = {**state, **{f"effective {k}": v for k, v in effective.items()}}
     torch.save(results, f"{out}.{rank}")
+    torch.distributed.barrier()  # none leaves while another waits for it
     torch.distributed.destroy_process_group()
 
 
@@ -554,6 +577,7 @@ def _shard(rank, file):
             torch.testing.assert_close(p.full_tensor(), q.detach(), msg=lambda m: f"{rule} {k}: {m}")
         for (k, b), c in zip(split.named_buffers(), whole.buffers()):
             torch.testing.assert_close(b, c, msg=lambda m: f"{rule} {k}: {m}")
+    torch.distributed.barrier()  # none leaves while another waits for it
     torch.distributed.destroy_process_group()
 
 

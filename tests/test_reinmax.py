@@ -512,6 +512,7 @@ def _rank(rank, file, out):
     net, step = _rank_net(rank)
     step(torch.nn.parallel.DistributedDataParallel(net))
     torch.save([p.grad for p in net.parameters()], f"{out}.{rank}")
+    dist.barrier()  # none leaves while another waits for it
     dist.destroy_process_group()
 
 

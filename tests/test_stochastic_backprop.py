@@ -660,6 +660,7 @@ def _worker(rank, file, out):
     ddp(normal(2, 17, 6, seed=rank)).pow(2).sum().backward()
     same.refresh()
     torch.save((source.masks[None, (4, 4)], same.draw(16).keep, [p.grad for p in net.parameters()]), f"{out}.{rank}")
+    dist.barrier()  # none leaves while another waits for it
     dist.destroy_process_group()
 
 

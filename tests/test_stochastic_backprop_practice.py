@@ -611,6 +611,7 @@ def ddp_worker(rank, file, out):
             opt.step()
         result.append((*first, [p.detach() for p in model.parameters()]))
     torch.save(result, f"{out}{rank}.pt")
+    dist.barrier()  # none leaves while another waits for it
     dist.destroy_process_group()
 
 
