@@ -34,6 +34,8 @@ def neuron_constants(
     "Return every hidden neuron's account, @thm-cv-conserved-relu; ValueError unless shapes agree."
     if V.shape != B.shape or V.ndim != 2 or V.shape[1] != len(W):
         raise ValueError(f"V {tuple(V.shape)}, B {tuple(B.shape)}: both must be (k, {len(W)})")
+    if c is not None and c.shape != W.shape[:1]:
+        raise ValueError(f"c: {tuple(c.shape)} is not ({len(W)},), one bias for each neuron")
     own = W.square().sum(1) if c is None else W.square().sum(1) + c.square()
     return own / 2 - (B * V).sum(0)
 

@@ -62,6 +62,8 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dL/dx (n, d_in), dL/dW (d_out, d_in), dL/db (d_out,)
     "Return the gradients of z = x Wᵀ + b by @eq-bp-linear; raise ValueError for other shapes."
     _shapes(g=(g, 2), x=(x, 2), W=(W, 2))
+    if g.shape != (len(x), len(W)) or x.shape[1] != W.shape[1]:
+        raise ValueError(f"g {tuple(g.shape)}, x {tuple(x.shape)} do not fit W {tuple(W.shape)}")
     return g @ W, g.mT @ x, g.sum(0)
 
 # %% ../nbs/00_backprop.ipynb #dd0eee39
@@ -103,6 +105,8 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dL/dx (n, d), dL/dγ (d,), dL/dβ (d,)
     "Return the gradients of layer norm over the last dimension by @eq-bp-layernorm; raise ValueError."
     _shapes(g=(g, 2), x=(x, 2), weight=(weight, 1))
+    if g.shape != x.shape or len(weight) != x.shape[1]:
+        raise ValueError(f"g {tuple(g.shape)}, weight {tuple(weight.shape)}: x is {tuple(x.shape)}")
     sigma = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
     hat = (x - x.mean(-1, keepdim=True)) / sigma
     u = g * weight
@@ -190,6 +194,8 @@ def mlp_deltas(
         shapes = [tuple(B.shape) for B in backward]
         raise ValueError(f"feedback: shapes {shapes} are not those of W_2 … W_L")
     if len(zs) != len(params): raise ValueError(f"zs: {len(zs)} pre-activations for {len(params)} layers")
+    if delta.shape != zs[-1].shape:
+        raise ValueError(f"delta: {tuple(delta.shape)} is not {tuple(zs[-1].shape)}, as z_L")
     (_, slope), deltas = _activation(activation), [delta]
     for B, z in zip(reversed(backward), reversed(zs[:-1])):
         deltas.append((deltas[-1] @ B) * slope(z))

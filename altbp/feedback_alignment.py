@@ -38,11 +38,13 @@ def draw_feedback(
     weight: Tensor,                           # (d_out, d_in, ...): shape, dtype and device
     scale: float = 1.0,                       # times the spread of torch's default weights
     init: str = "uniform",                    # law of the entries: uniform or normal
-    generator: torch.Generator | None = None, # source of randomness; None: torch's own
+    generator: torch.Generator | int | None = None, # or a seed; None: torch's own
 ) -> Tensor:                                  # shaped as the weight
     "Return random feedback of mean 0 and standard deviation scale/√(3 fan_in); raise ValueError."
     _checked(scale, init)
-    B = torch.empty(weight.shape, device=generator.device if generator else weight.device)
+    generator = _source(generator)
+    B = torch.empty(weight.shape, dtype=torch.float32,
+                    device=generator.device if generator else weight.device)
     if init == "uniform": B.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
     else: B.normal_(generator=generator)
     return (_spread(weight, scale) * B).to(weight)
@@ -75,33 +77,33 @@ def _source(
     return torch.Generator().manual_seed((0x9E3779B9 * int(generator) + 0xFEEDBACC) % 2**62)
 
 # %% ../nbs/01_feedback_alignment.ipynb #983accc6
-_operators = torch.library.Library(__name__.split(".")[-1].strip("_"), "FRAGMENT")
-_name = f"{_operators.ns}::magnitudes"  # the notebook's own, beside the package's
-_operators.define("magnitudes(Tensor scale, Tensor key, SymInt[] shape, str law) -> Tensor")
-
-@torch.library.impl(_name, "CompositeExplicitAutograd", lib=_operators)
-def _draw(scale, key, shape, law):
+def _draw(scale: Tensor, key: Tensor, shape: list[int], law: str) -> Tensor:
     "Return positive numbers of root mean square `scale`, a function of the key (seed, step)."
     seed, step = key.tolist()
     g = torch.Generator(scale.device).manual_seed((seed * 0x9E3779B1 + step) % 2**62)
-    out, s = torch.empty(shape, device=scale.device), scale.item()
+    out, s = torch.empty(shape, dtype=torch.float32, device=scale.device), scale.item()
     if law == "normal": return out.normal_(0, s, generator=g).abs_()
     return out.uniform_(0, math.sqrt(3) * s, generator=g)
 
-_magnitudes = getattr(torch.ops, _operators.ns).magnitudes.default
+_operator = torch.library.custom_op("altbp::magnitudes", _draw, mutates_args=())
 
-@torch.library.register_fake(_name, lib=_operators)
+@_operator.register_fake
 def _fake(scale, key, shape, law):
     "The shape of the result, for torch.compile."
-    return torch.empty(shape, device=scale.device)
+    return torch.empty(shape, dtype=torch.float32, device=scale.device)
 
-@torch.library.register_vmap(_name, lib=_operators)
+@_operator.register_vmap
 def _batched(info, in_dims, scale, key, shape, law):
     "One draw for each member of the batch."
     at = lambda t, dim, i: t if dim is None else t.select(dim, i)
-    draws = [_magnitudes(at(scale, in_dims[0], i), at(key, in_dims[1], i), shape, law)
+    draws = [_operator(at(scale, in_dims[0], i), at(key, in_dims[1], i), shape, law)
              for i in range(info.batch_size)]
     return torch.stack(draws), 0
+
+def _magnitudes(scale, key, shape, law):
+    "Draw: by the operator where torch traces or transforms, else without what it costs."
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (_operator if traced or type(key) is not Tensor else _draw)(scale, key, shape, law)
 
 # %% ../nbs/01_feedback_alignment.ipynb #1b3c7d6c
 MODES = ("fixed", "sign", "uniform", "normal")
@@ -116,6 +118,7 @@ def backward_weight(
     if mode == "fixed": return feedback
     if mode not in MODES: raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
     if mode != "sign":
+        if key is None: raise ValueError(f"key: mode {mode!r} needs a (seed, step) tensor")
         feedback = _magnitudes(feedback.detach().float(), key, list(weight.shape), mode)
     return torch.sign(weight) * feedback.to(weight.dtype)
 
@@ -125,6 +128,7 @@ class _Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args):
         if torch._C._are_functorch_transforms_active(): return super().apply(*args)
+        args = torch._functorch.utils.unwrap_dead_wrappers(args)  # of transforms that have ended
         return super(torch.autograd.Function, cls).apply(*args)
 
 class _Linear(_Function):
@@ -166,7 +170,7 @@ def _prepare(x, weight, feedback, mode, key):
 def _autocast(x, *tensors):
     "Cast as torch.autocast does for the matrix products of torch's own layers."
     device = x.device.type
-    if not torch.is_autocast_enabled(device): return x, *tensors
+    if device == "meta" or not torch.is_autocast_enabled(device): return x, *tensors
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
 
@@ -178,7 +182,7 @@ def _each(
     "Return one number for each dimension of space; raise ValueError."
     if type(v) is tuple and len(v) == space: return list(v)
     if isinstance(v, Integral): return [v] * space
-    if isinstance(v, str) or len(v) != space:
+    if isinstance(v, str) or not hasattr(v, "__len__") or len(v) != space:
         raise ValueError(f"{name}: {v!r} is not a number, or {space} of them")
     return list(v)
 
@@ -251,6 +255,8 @@ def fa_conv(
     batched = x.dim() == space + 2
     out = _Conv.apply(x if batched else x[None], weight, bias, feedback, mode, key, how)
     return out if batched else out[0]
+
+for _f in ("fa_linear", "fa_conv"): torch.fx.wrap(_f)  # a traced network has them as they are
 
 # %% ../nbs/01_feedback_alignment.ipynb #533d0019
 class AlignedLayer(nn.Module):
@@ -341,8 +347,9 @@ def convert(
     with torch.inference_mode(False):  # feedback made there would be of no use in training
         model = model if inplace else _copied(model)
         if isinstance(model, _Blocks): model = nn.Sequential(OrderedDict(model.items()))
+        if isinstance(skip, str): raise TypeError(f"skip: expected names, got the text {skip!r}")
         skip = _skipped(model, rule, set(skip))
-        _checked(scale, init or "uniform")
+        _checked(scale, "uniform" if init is None else init)
         if rule == "dfa":
             return _direct(model, example, scale, init or "normal", generator)
         modules = [m for m in model.modules() if id(m) not in skip]
@@ -413,10 +420,14 @@ def _one_rule(
 def weight_alignment(
     model: nn.Module,    # a converted network
 ) -> dict[str, float]:   # name of the layer -> degrees
-    "Return every layer's angle between weight and effective feedback; raise ValueError."
+    "Return every layer's angle of weight and effective feedback, NaN if one is 0; ValueError."
     layers = {k: m for k, m in model.named_modules() if isinstance(m, AlignedLayer)}
     if not layers: raise ValueError("model: has no converted layer")
-    return {k: angle(m.weight, m.effective_feedback()) for k, m in layers.items()}
+    return {k: _angle(m.weight, m.effective_feedback()) for k, m in layers.items()}
+
+def _angle(u: Tensor, v: Tensor) -> float:
+    "Return the angle in degrees, NaN where there is none."
+    return angle(u, v) if u.any() and v.any() else math.nan
 
 # %% ../nbs/01_feedback_alignment.ipynb #eef1e324
 def _known_kind(fn: Callable) -> Callable:
@@ -490,17 +501,18 @@ def kolen_pollack(
     model: nn.Module,                 # converted to the rule kp
     optimizer: torch.optim.Optimizer, # of the model's parameters
 ) -> Callable[[], None]:              # a call that ends it
-    "Let every step of the optimiser move the feedback by @eq-fa-kp; raise ValueError."
+    "Let every step of the optimiser move kp's feedback by @eq-fa-kp (not in copies); ValueError."
     layers = [m for m in model.modules() if isinstance(m, AlignedLayer) and m.rule == "kp"]
     if not layers: raise ValueError("model: has no layer with the rule 'kp'")
     decays = partial(_decays, layers, optimizer)
     decays()
     before = []
-    def pre(*_): before[:] = [(m.feedback - _whole(m.weight), d) for m, d in zip(layers, decays())]
+    def pre(*_):
+        before[:] = [(m, m.feedback - _whole(m.weight), d) for m, d in zip(layers, decays())
+                     if m.rule == "kp"]  # it may have been given another rule meanwhile
     @torch.no_grad()
     def post(*_):  # B + ΔW − ηλ(B − W), rearranged
-        for m, (gap, d) in zip(layers, before): torch.add(_whole(m.weight), gap, alpha=1 - d,
-                                                          out=m.feedback)
+        for m, gap, d in before: torch.add(_whole(m.weight), gap, alpha=1 - d, out=m.feedback)
     hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
     return lambda: [h.remove() for h in hooks] and None
 
@@ -665,7 +677,7 @@ def update_alignment(
     x: Tensor, y: Tensor,             # a batch
     loss: Callable = F.cross_entropy, # loss(model(x), y)
 ) -> dict[str, float]:                # name of the weight -> degrees
-    "Return angles of the rule's gradients to the exact ones, of weights that get any; ValueError."
+    "Return angles of the rule's gradients to the exact ones, NaN if one is zero; raise ValueError."
     weights = {k: p for k, p in model.named_parameters() if p.dim() > 1 and p.requires_grad}
     if not weights: raise ValueError("model: no weight matrix of it requires a gradient")
     if not any(isinstance(m, (AlignedLayer, DirectFeedback)) for m in model.modules()):
@@ -677,7 +689,7 @@ def update_alignment(
             return torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     ours = gradients()
     with exact(model): true = gradients()
-    return {k: angle(a, b) for k, a, b in zip(weights, ours, true) if b is not None}
+    return {k: _angle(a, b) for k, a, b in zip(weights, ours, true) if b is not None}
 
 # %% ../nbs/01_feedback_alignment.ipynb #3f14edc3
 def train_rule(

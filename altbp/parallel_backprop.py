@@ -108,6 +108,7 @@ def select_pair(
     for name, y, A in (("y_out", y_out, A_out), ("y_in", y_in, A_in)):
         if y.shape != (len(A),) or not len(A):
             raise ValueError(f"{name}: expected ({len(A)},), at least one, got {tuple(y.shape)}")
+        if not torch.isfinite(y).all(): raise ValueError(f"{name}: has entries that are not finite")
     for name, k in (("top_out", top_out), ("top_in", top_in)):
         if k < 1: raise ValueError(f"{name}: must be at least 1, got {k}")
     i, j = (y.topk(min(k, len(y)))[1] for y, k in ((y_out, top_out), (y_in, top_in)))
@@ -127,6 +128,7 @@ def select_stimuli(
     "Return which images to show next: top and bottom prediction, and the one most like the top driver."
     if y_in.shape != (len(A_in),) or not len(A_in) or not len(A_out):
         raise ValueError(f"y_in: expected ({len(A_in)},) and no empty set, got {tuple(y_in.shape)}")
+    if not torch.isfinite(y_in).all(): raise ValueError("y_in: has entries that are not finite")
     s = neuron_similarity(A_out, A_in[y_in.argmax()][None], w, sign=sign)[:, 0]
     predicted = A_out @ w
     return {"top": int(predicted.argmax()), "bottom": int(predicted.argmin()),

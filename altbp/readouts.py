@@ -197,8 +197,8 @@ def half_threshold(
     "Return argmin_v (v − z)² + lam |v|^½ entry by entry, @eq-readout-half; exact zeros below a threshold."
     if not torch.is_floating_point(z): raise TypeError(f"z: expected floating point, got {z.dtype}")
     lam = torch.as_tensor(lam, dtype=z.dtype, device=z.device)
-    if (lam < 0).any(): raise ValueError(f"lam: must not be negative, got {lam.min().item()}")
-    keep = z.abs() > 54 ** (1 / 3) / 4 * lam ** (2 / 3)
+    if not (lam >= 0).all(): raise ValueError(f"lam: must not be negative, got {lam.min().item()}")
+    keep = ~(z.abs() <= 54 ** (1 / 3) / 4 * lam ** (2 / 3))  # NaN stays NaN
     size = torch.where(keep, z.abs(), torch.ones_like(z))
     phi = torch.arccos(((3 * lam ** (2 / 3) / size) ** 1.5 / 8).clamp(max=1))
     v = 2 / 3 * z * (1 + torch.cos(2 * math.pi / 3 - 2 / 3 * phi))
@@ -232,12 +232,15 @@ def pearson(
 ) -> Tensor:   # (...)
     "Return the correlation over the first dimension; 0 where one of the two is constant."
     if a.shape != b.shape: raise ValueError(f"a: {tuple(a.shape)} is not the shape of b, {tuple(b.shape)}")
+    if not len(a): raise ValueError("a: has no rows")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError("a, b: have entries that are not finite")
     varied = (a != a[:1]).any(0) & (b != b[:1]).any(0)  # a mean is not exact, so compare entries
-    a, b = a - a.mean(0), b - b.mean(0)
+    a, b = (t - t.mean(0) for t in (a, b))
+    tiny = torch.finfo(a.dtype).tiny
+    a, b = (t / t.abs().amax(0).clamp(min=tiny) for t in (a, b))  # squares neither vanish nor overflow
     size = a.norm(dim=0) * b.norm(dim=0)
-    return torch.where((size > 0) & varied, (a * b).sum(0) / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
+    return torch.where((size > 0) & varied, (a * b).sum(0) / size.clamp(min=tiny), 0.0)
 
 # %% ../nbs/06a_parallel_backprop_readouts.ipynb #eb9f9959
 def _responses(maps, y, n, name):
@@ -282,7 +285,10 @@ def fit_readout(
     _check_fit(penalty, lam, optimizer, lr, epochs, batch_size, patience, val)
     if not torch.is_floating_point(maps): raise TypeError(f"maps: {maps.dtype} is not floating point")
     y = _responses(maps, y, readout.n, "y")
-    if val is not None: val = val[0], _responses(val[0], val[1], readout.n, "val")
+    if val is not None:
+        val = val[0], _responses(val[0], val[1], readout.n, "val")
+        if val[0].shape[1:] != maps.shape[1:]:
+            raise ValueError(f"val: maps {tuple(val[0].shape)} beside maps {tuple(maps.shape)}")
     if optimizer == "prox": history = _prox(readout, maps, y, penalty, lam, epochs)
     else: history = _adam(readout, maps, y, val, penalty, lam, lr, epochs, batch_size, patience,
                           seed)
@@ -392,7 +398,8 @@ def critical_r(
 def spearman_brown(
     r: Tensor | float, # correlation of two halves
 ) -> Tensor | float:   # as r
-    "Return the reliability 2r / (1 + r) of the two halves together."
+    "Return the reliability 2r / (1 + r) of the two halves together; raise ValueError for r ≤ −1."
+    if not (torch.as_tensor(r) > -1).all(): raise ValueError(f"r: must lie above -1, got {r}")
     return 2 * r / (1 + r)
 
 # %% ../nbs/06a_parallel_backprop_readouts.ipynb #37841163
@@ -402,7 +409,7 @@ def reliability(
     splits: int = 20,   # random halvings of the repeats
     generator: torch.Generator | None = None, # of the halvings; None: seed 0
 ) -> Tensor:            # (channels,)
-    "Return the split-half reliability of each channel's mean (of an even number of repeats), corrected."
+    "Return the corrected split-half reliability of each channel's mean, 0 if the halves disagree."
     if trials.ndim != 3 or len(trials) < 2:
         raise ValueError("trials: expected (repeats ≥ 2, images, channels), "
                          f"got {tuple(trials.shape)}")
@@ -413,7 +420,7 @@ def reliability(
         order = torch.randperm(len(trials), generator=generator)
         half = len(trials) // 2
         out = out + pearson(trials[order[:half]].mean(0), trials[order[half:2 * half]].mean(0))
-    return spearman_brown(out / splits)
+    return spearman_brown((out / splits).clamp(0, 1))
 
 # %% ../nbs/06a_parallel_backprop_readouts.ipynb #5ac98036
 @dataclass(frozen=True, eq=False)
@@ -500,7 +507,7 @@ def load_recordings(
     path = Path(path)
     if path.suffix not in (".csv", ".npz"):
         raise ValueError(f"path: expected .csv or .npz, got {path.name}")
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-6:
         raise ValueError(f"fractions: three that sum to 1, got {fractions}")
     paths, y, inside, channels = (_read_csv if path.suffix == ".csv" else _read_npz)(path)
     if y.shape != (len(paths), len(channels)) or inside.shape != (len(paths),) or not y.size:

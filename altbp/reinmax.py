@@ -79,6 +79,7 @@ def _check_logits(
 ):
     "Raise TypeError or ValueError unless `logits` are floating and have categories along `dim`."
     _check_float(logits)
+    if not isinstance(dim, int): raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
     shape = tuple(logits.shape)
     if not -logits.ndim <= dim < logits.ndim:
         raise ValueError(f"dim: {dim} is no dimension of logits with shape {shape}")

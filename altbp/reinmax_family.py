@@ -360,7 +360,10 @@ def _check_k(
 def _check_baseline(
     baseline, values, # as in `reinforce_surrogate`
 ):
-    "Raise ValueError unless the baseline broadcasts to the values."
+    "Raise ValueError unless the baseline is a finite number, or broadcasts to the values."
+    if not isinstance(baseline, Tensor):
+        if math.isfinite(baseline): return
+        raise ValueError(f"baseline: {baseline} is not a finite number")
     try: baseline.expand(values.shape)
     except RuntimeError as e:
         got, allowed = tuple(baseline.shape), tuple(values.shape)
@@ -376,7 +379,7 @@ def reinforce_surrogate(
     "Attach (f − b)(D − π), @eq-reinmax-reinforce; raise ValueError for shapes, samples with a gradient."
     _check_k(values, samples, logits, 1)
     if samples.requires_grad: raise ValueError("samples: needed without gradient; draw under no_grad")
-    if isinstance(baseline, Tensor): _check_baseline(baseline, values)
+    _check_baseline(baseline, values)
     score = samples - logits.detach().softmax(-1)
     weight = (values - baseline).detach().reshape(*values.shape,
                                                   *[1] * (samples.ndim - values.ndim))

@@ -664,10 +664,16 @@ class MaskSource(_Passes):
         **options,             # of a grid: lattice, strict
     ):
         _check_source(mask, shared, base, generator, options)
-        self.keep_ratio, self.mask, self.shared = _check_ratio(keep_ratio), mask, shared
+        self.keep_ratio, self.mask, self.shared = keep_ratio, mask, shared
         self.base, self.seed = None if base is None else _check_size(base), operator.index(seed)
         self.generator, self.options, self.masks, self.sets = generator, options, None, {}
         self.ranked = generator is None
+
+    @property
+    def keep_ratio(self) -> float: return self._ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float): self._ratio = _check_ratio(value)
 
     @torch._disable_dynamo
     def draw(

@@ -260,6 +260,18 @@ class Diverged(ArithmeticError):
     "The loss of a step is not a finite number."
 
 # %% ../nbs/92_training.ipynb #95984d8f
+def _reported(
+    out, # what a rule returned
+) -> dict:
+    "Return a step's numbers by name; raise TypeError, ValueError for what a History cannot take."
+    if isinstance(out, dict):
+        if taken := [k for k in out if k == "epoch" or k.startswith("val_")]:
+            raise ValueError(f"gradients: {', '.join(taken)} is the loop's own name; use another")
+        if "loss" in out: return out
+    elif out is not None: return {"loss": out}
+    got = f"the keys {list(out)}" if isinstance(out, dict) else "None"
+    raise TypeError(f"gradients: expected the loss, or a dictionary that has it, got {got}")
+
 def _train_epoch(
     s: _State,
     x, y,         # all training examples
@@ -271,7 +283,7 @@ def _train_epoch(
         i = i.to(x.device)
         s.optimizer.zero_grad(set_to_none=True)
         out = gradients(s.model, x[i], y[i])
-        s.history.record(**(out if isinstance(out, dict) else {"loss": out}))
+        s.history.record(**_reported(out))
         if not math.isfinite(s.history.last("loss")):
             step = len(s.history["loss"]) - 1
             if on_nan == "raise": raise Diverged(f"step {step}: the loss is {s.history.last('loss')}")

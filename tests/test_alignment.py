@@ -296,3 +296,9 @@ def test_interrupted_training_resumes(tmp_path):
     whole, file = run(22), tmp_path / "state.pt"
     run(10, file)
     assert run(22, file) == whole and whole["step"] == [5, 10, 15, 20, 22]
+
+
+@pytest.mark.parametrize("c", [torch.ones(2, 3), torch.ones(1)])
+def test_neuron_constants_want_one_bias_for_each_neuron(c):
+    V = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="c: .* is not "): neuron_constants(torch.ones(3, 2), V, V, c=c)

@@ -301,3 +301,14 @@ def test_saved_bytes_of_an_mlp(widths, n, act):
     model = torch.nn.Sequential(*layers)
     stored = bp.saved_bytes(lambda: model(torch.ones(n, widths[0])).sum(), exclude=model.parameters())
     assert stored == 4 * n * sum(widths[:-1])
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: bp.linear_backward(torch.ones(2, 3), torch.ones(2, 5), torch.ones(3, 7)), r"x \(2, 5\) do not fit W \(3, 7\)"),
+    (lambda: bp.linear_backward(torch.ones(1, 3), torch.ones(2, 5), torch.ones(3, 5)), r"g \(1, 3\)"),
+    (lambda: bp.layer_norm_backward(torch.ones(1, 3), torch.ones(2, 3), torch.ones(3)), r"g \(1, 3\).*x is \(2, 3\)"),
+    (lambda: bp.layer_norm_backward(torch.ones(2, 3), torch.ones(2, 3), torch.ones(1)), r"weight \(1,\)"),
+    (lambda: bp.mlp_deltas(p := bp.mlp_init([3, 4, 2]), bp.mlp_forward(p, torch.ones(5, 3).double())[0],
+                           torch.ones(1, 2).double()), r"delta: \(1, 2\) is not \(5, 2\)")])
+def test_shapes_that_would_broadcast(call, words):
+    with pytest.raises(ValueError, match=words): call()

@@ -1,6 +1,7 @@
 """Feedback alignment: layers, conversion, direct feedback, Kolen–Pollack, metrics."""
 from datetime import timedelta
 from collections import OrderedDict
+from functools import partial
 import copy
 import io
 import math
@@ -196,22 +197,91 @@ def test_backward_of_fresh_magnitudes_is_that_of_its_own_forward():
 
 @pytest.mark.parametrize("law", ["uniform", "normal"])
 def test_fresh_magnitudes_are_an_operator_that_torch_accepts(law):
-    result = torch.library.opcheck(fa._magnitudes, (torch.tensor(0.1), torch.tensor([3, 4]), [5, 4], law))
+    result = torch.library.opcheck(fa._operator, (torch.tensor(0.1), torch.tensor([3, 4]), [5, 4], law))
     assert result and set(result.values()) == {"SUCCESS"}
 
 
 def test_the_module_may_be_loaded_again():
     """As when the cell that defines the operator is run twice, or the notebook beside the package."""
     code = """if True:
-        import importlib, runpy, torch, altbp.feedback_alignment as fa
+        import importlib, runpy, sys, torch, altbp.feedback_alignment as fa
         step = lambda fa: fa.Linear(3, 2, rule="brsf", generator=0)(torch.ones(4, 3, requires_grad=True)).sum().backward()
         step(fa)
         fa = importlib.reload(fa)
         step(fa)
+        del sys.modules["altbp.feedback_alignment"]
+        step(importlib.import_module("altbp.feedback_alignment"))
         again = runpy.run_module("altbp.feedback_alignment", run_name="__main__")
         step(__import__("types").SimpleNamespace(**again))
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
+
+
+def test_magnitudes_and_feedback_are_the_same_whatever_the_default_dtype():
+    layers = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try: layers.append(fa.Linear(3, 2, rule="brsf", generator=0, dtype=torch.float32))
+        finally: torch.set_default_dtype(torch.float32)
+    with torch.no_grad(): layers[1].weight.copy_(layers[0].weight)
+    expected = layers[0].effective_feedback()
+    torch.set_default_dtype(torch.float64)
+    try: found, drawn = layers[1].effective_feedback(), fa.draw_feedback(layers[0].weight, generator=3)
+    finally: torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected) and torch.equal(drawn, fa.draw_feedback(layers[0].weight, generator=3))
+
+
+def test_the_operator_and_the_plain_draw_agree():
+    args = torch.tensor(0.1), torch.tensor([3, 4]), [5, 4], "uniform"
+    assert torch.equal(fa._operator(*args), fa._magnitudes(*args))
+
+
+@pytest.mark.parametrize("rule", RANDOM)
+def test_input_that_outlived_a_transform(rule):
+    layer, kept = fa.Linear(3, 2, rule=rule, generator=0), []
+
+    def f(x):
+        kept.append(x.sin())
+        return kept[0].sum()
+
+    x = torch.randn(4, 3)
+    torch.func.grad(f)(x)
+    layer(kept[0]).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sin().sum(0).expand(2, 3))
+
+
+@pytest.mark.parametrize("rule", RANDOM)
+def test_a_symbolic_trace_sends_back_the_same(rule):
+    net = fa.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)), rule, generator=0).eval()
+    traced, x, y = torch.fx.symbolic_trace(net), torch.randn(2, 1, 5, 5), torch.tensor([0, 2])
+    for a, b in zip(grads(net, x, y), grads(traced, x, y), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make, shape", [(fa.Linear, (4, 3)), (partial(fa.Conv2d, kernel_size=2), (4, 3, 5, 5))])
+def test_layers_on_meta(make, shape):
+    assert make(3, 2, device="meta")(torch.empty(shape, device="meta")).device.type == "meta"
+
+
+def test_an_angle_to_zero_is_nan_and_the_others_are_measured():
+    net = fa.convert(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), generator=0)
+    with torch.no_grad(): net[2].weight.zero_()
+    weights = fa.weight_alignment(net)
+    assert math.isnan(weights["2"]) and 0 < weights["0"] < 180
+    updates = fa.update_alignment(net, torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 1]))
+    assert math.isnan(updates["0.weight"]) and updates["2.weight"] < 1e-3
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "bp"])
+def test_kolen_pollack_leaves_layers_that_got_another_rule(rule):
+    net = fa.convert(nn.Linear(2, 3), "kp", generator=0)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.1)
+    fa.kolen_pollack(net, optimizer)
+    fa.convert(net, rule, inplace=True, generator=3)
+    before = copy.deepcopy(net.feedback)
+    net(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    assert before is net.feedback is None or torch.equal(net.feedback, before)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -224,6 +294,9 @@ def test_the_module_may_be_loaded_again():
     (lambda: fa.fa_linear(torch.ones(4, 3), torch.ones(2, 3), torch.tensor(1.0)), r"feedback: shape \(\)"),
     (lambda: fa.fa_linear(torch.ones(4, 3), torch.ones(2, 3), torch.ones(2, 3), mode="x"), "mode: 'x'"),
     (lambda: fa.fa_linear(torch.ones(4, 3), torch.ones(2, 3), torch.tensor(1.0), mode="uniform"), "key: mode"),
+    (lambda: fa.backward_weight(torch.ones(2, 3), torch.tensor(1.0), "normal"), "key: mode 'normal'"),
+    (lambda: fa.fa_conv(torch.ones(1, 1, 4), torch.ones(1, 1, 2), torch.ones(1, 1, 2), stride=1.5), "stride: 1.5"),
+    (lambda: fa.convert(nn.Linear(2, 2), init=""), "init: ''"),
     (lambda: fa.fa_linear(torch.ones(4, 3), torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)), "requires grad"),
     (lambda: fa.Conv2d(3, 2, 3)(torch.ones(1, 4, 8, 8)), r"x: shape \(1, 4, 8, 8\)"),
     (lambda: fa.Conv2d(3, 2, 3)(torch.ones(1, 1, 3, 8, 8)), "2 dimensions of space"),

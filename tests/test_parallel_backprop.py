@@ -845,3 +845,42 @@ def test_a_split_of_few_images_loses_none(tmp_path):
     (tmp_path / "r.csv").write_text("image,in_category,u1\na,1,1\nb,1,2\nc,1,3\n")
     r = load_recordings(tmp_path / "r.csv", fractions=(0, 0.5, 0.5))  # both halves round up
     assert sorted(torch.cat([r.train, r.val, r.test]).tolist()) == [0, 1, 2]
+
+
+# Numbers at the edge --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_pearson_of_any_scale(scale):
+    a = torch.tensor([1.0, 2, 3])
+    assert pearson(a * scale, a).item() == pytest.approx(1) and pearson(a, -a * scale).item() == pytest.approx(-1)
+    with pytest.raises(ValueError, match="a: has no rows"): pearson(a[:0], a[:0])
+
+
+def test_half_threshold_keeps_nan():
+    found = half_threshold(torch.tensor([math.nan, 1.0, 0.01]), 0.1)
+    assert math.isnan(found[0]) and found[1] > 0.9 and found[2] == 0
+    with pytest.raises(ValueError, match="lam: must not be negative"): half_threshold(torch.ones(2), math.nan)
+
+
+def test_reliability_lies_between_zero_and_one():
+    x = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(0))
+    assert reliability(torch.cat([x, -x])).tolist() == [0] * 4
+    noise = reliability(torch.randn(6, 4, 200, generator=torch.Generator().manual_seed(1)))
+    assert 0 <= noise.min() and noise.max() <= 1
+    with pytest.raises(ValueError, match="r: must lie above -1"): spearman_brown(-1.0)
+
+
+@pytest.mark.parametrize("pick", [
+    lambda A, y: select_pair(A, y, A, torch.arange(3.0), torch.ones(3), top_out=1),
+    lambda A, y: select_pair(A, torch.arange(3.0), A, y, torch.ones(3)),
+    lambda A, y: select_stimuli(torch.ones(3), A, y, A)])
+def test_a_missing_response_is_no_strong_driver(pick):
+    with pytest.raises(ValueError, match="y_.*not finite"): pick(torch.eye(3), torch.tensor([math.nan, 1, 5]))
+
+
+def test_a_validation_set_of_other_maps_leaves_the_readout_as_it_was():
+    readout = PooledReadout(3)
+    before = copy.deepcopy(readout.state_dict())
+    with pytest.raises(ValueError, match="val: maps"):
+        fit_readout(readout, torch.randn(5, 3, 4, 4), torch.randn(5), val=(torch.randn(5, 7, 4, 4), torch.randn(5)))
+    assert all(torch.equal(v, before[k]) for k, v in readout.state_dict().items())

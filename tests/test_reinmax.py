@@ -959,3 +959,11 @@ def test_bad_baselines_and_vanishing_gradients_are_named():
         with pytest.raises(ValueError, match="baseline"): F.reinforce_surrogate(joint(D), D, x, bad)
     with pytest.raises(ValueError, match="gradient.*zero"):
         F.gradient_report(lambda D: 0 * D.sum((-1, -2)), x, {"st": F.pathwise(R.st)}, 8)
+
+
+def test_a_baseline_that_is_no_number_and_a_dim_that_is_none():
+    logits, samples = torch.zeros(2, 3), torch.eye(3)[:2][None]
+    with pytest.raises(ValueError, match="baseline: nan"):
+        F.reinforce_surrogate(torch.ones(1, 2), samples, logits, baseline=math.nan)
+    for dim in (None, "a", 1.0):
+        with pytest.raises(TypeError, match="dim: expected an int"): R.reinmax(logits, dim=dim)

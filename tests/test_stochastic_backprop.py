@@ -770,3 +770,12 @@ def test_operation_errors():
     norm = nn.BatchNorm1d(6).double()
     y = S.sbp_apply(lambda t: norm(t.mT).mT, x, ks, impl="hook")  # hook takes any fn
     assert y.shape == x.shape
+
+
+def test_a_keep_ratio_is_checked_when_it_is_set():
+    source = S.MaskSource(0.5)
+    with pytest.raises(ValueError, match="keep_ratio: expected a number in"): source.keep_ratio = 5
+    assert source.keep_ratio == 0.5
+    source.keep_ratio = 0.25
+    source.refresh()
+    assert len(source.draw(16).keep) == 4

@@ -565,3 +565,16 @@ def test_seeds_may_come_from_an_iterator_and_count_once():
             T.fit_seeds(mlp, seeds, toy(), 1)
     with pytest.raises(ValueError, match="ReduceLROnPlateau"):
         T.fit_seeds(mlp, [0], toy(), 1, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+@pytest.mark.parametrize("returned, error, words", [
+    (None, TypeError, "gradients: expected the loss.*got None"), ({}, TypeError, "gradients: .*keys"),
+    ({"loss": 1.0, "epoch": 7.0}, ValueError, "gradients: epoch is the loop's"),
+    ({"loss": 1.0, "val_loss": 7.0}, ValueError, "gradients: val_loss is the loop's")])
+def test_what_a_rule_returns_is_checked(returned, error, words):
+    def rule(model, x, y):
+        model(x).sum().backward()
+        return returned
+
+    with pytest.raises(error, match=words):
+        T.fit(nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, dtype=torch.long)), 1, torch.optim.SGD, rule)
