@@ -126,10 +126,12 @@ def backward_weight(
 class _Function(torch.autograd.Function):
     "Called with all arguments in place: past torch's search for defaults at every call."
     @classmethod
-    def apply(cls, *args):
-        if torch._C._are_functorch_transforms_active(): return super().apply(*args)
-        args = torch._functorch.utils.unwrap_dead_wrappers(args)  # of transforms that have ended
-        return super(torch.autograd.Function, cls).apply(*args)
+    def apply(cls, x, weight, bias, *rest):
+        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+            return super().apply(x, weight, bias, *rest)
+        alive = torch._C._functorch.unwrap_if_dead  # it may come from a transform that has ended
+        x, weight, bias = alive(x), alive(weight), None if bias is None else alive(bias)
+        return super(torch.autograd.Function, cls).apply(x, weight, bias, *rest)
 
 class _Linear(_Function):
     "z = x Wᵀ + b whose delta goes down through the feedback."
@@ -147,9 +149,11 @@ class _Linear(_Function):
     def backward(ctx, g):
         x, weight, feedback, key = ctx.saved_tensors
         for_x, for_W, for_b, *_ = ctx.needs_input_grad
-        dx = g @ backward_weight(weight, feedback, ctx.mode, key) if for_x else None
-        g = g.flatten(0, -2)
-        dW = g.mT @ x.flatten(0, -2) if for_W else None
+        if for_x and ctx.mode != "fixed":
+            feedback = backward_weight(weight, feedback, ctx.mode, key)
+        dx = g @ feedback if for_x else None
+        if g.dim() > 2: g, x = g.flatten(0, -2), x.flatten(0, -2)
+        dW = g.mT @ x if for_W else None
         return dx, dW, g.sum(0) if for_b else None, None, None, None
 
 # %% ../nbs/01_feedback_alignment.ipynb #3b84bd32
@@ -197,12 +201,18 @@ def fa_linear(
 ) -> Tensor:                    # (..., d_out)
     "Return x Wᵀ + b, backwards @eq-fa-linear (so are second derivatives: by B); raise ValueError."
     _prepare(x, weight, feedback, mode, key)
-    if not x.dim() or x.shape[-1] != weight.shape[-1]:
+    return _linear(x, weight, bias, feedback, mode, key)
+
+def _linear(x, weight, bias, feedback, mode, key):
+    "Do so with feedback that is known to fit."
+    n = x.dim()
+    if not n or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x: shape {tuple(x.shape)} does not end with the weight's "
                          f"{weight.shape[-1]} columns")
+    if not x.is_floating_point(): raise ValueError(f"x: dtype {x.dtype} is not a floating one")
     x, weight, bias, feedback = _autocast(x, weight, bias, feedback)
-    out = _Linear.apply(x if x.dim() > 1 else x[None], weight, bias, feedback, mode, key)
-    return out if x.dim() > 1 else out[0]
+    out = _Linear.apply(x if n > 1 else x[None], weight, bias, feedback, mode, key)
+    return out if n > 1 else out[0]
 
 # %% ../nbs/01_feedback_alignment.ipynb #27f6962d
 class _Conv(_Function):
@@ -256,7 +266,7 @@ def fa_conv(
     out = _Conv.apply(x if batched else x[None], weight, bias, feedback, mode, key, how)
     return out if batched else out[0]
 
-for _f in ("fa_linear", "fa_conv"): torch.fx.wrap(_f)  # a traced network has them as they are
+for _f in ("fa_linear", "_linear", "fa_conv"): torch.fx.wrap(_f)  # a traced network has them as they are
 
 # %% ../nbs/01_feedback_alignment.ipynb #533d0019
 class AlignedLayer(nn.Module):
@@ -286,7 +296,7 @@ class AlignedLayer(nn.Module):
 
     def _key(self):
         "Move to the next draw in training; return the key of this one."
-        if self.feedback_key is None: return None
+        if self.rule != "brsf": return None
         if self.training and torch.is_grad_enabled(): self.feedback_key[1].add_(1)
         return self.feedback_key.clone()
 
@@ -296,7 +306,7 @@ class Linear(AlignedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         "Return x Wᵀ + b, (..., d_out); the delta goes down by the rule."
         if self.rule == "bp": return super().forward(x)
-        return fa_linear(x, self.weight, self.feedback, self.bias, self.mode, self._key())
+        return _linear(x, self.weight, self.bias, self.feedback, self.mode, self._key())
 
 # %% ../nbs/01_feedback_alignment.ipynb #576bb0cb
 class AlignedConv(AlignedLayer):
@@ -537,7 +547,7 @@ def _decays(
     return out
 
 # %% ../nbs/01_feedback_alignment.ipynb #7a691f89
-class _Direct(_Function):
+class _Direct(torch.autograd.Function):
     "The output; its gradient also goes to every hidden state, through matrices of their own."
     generate_vmap_rule = True
 

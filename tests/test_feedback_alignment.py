@@ -248,6 +248,10 @@ def test_input_that_outlived_a_transform(rule):
     torch.func.grad(f)(x)
     layer(kept[0]).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sin().sum(0).expand(2, 3))
+    torch.func.grad(lambda b: kept.append(b.cos()) or kept[1].sum())(layer.bias.detach())
+    out = fa.fa_linear(x, layer.weight, layer.weight.detach(), kept[1])
+    torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias.cos()))
+    out.sum().backward()
 
 
 @pytest.mark.parametrize("rule", RANDOM)
