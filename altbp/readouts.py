@@ -287,8 +287,7 @@ def fit_readout(
     y = _responses(maps, y, readout.n, "y")
     if val is not None:
         val = val[0], _responses(val[0], val[1], readout.n, "val")
-        if val[0].shape[1:] != maps.shape[1:]:
-            raise ValueError(f"val: maps {tuple(val[0].shape)} beside maps {tuple(maps.shape)}")
+        if val[0].shape[1:] != maps.shape[1:]: raise ValueError(f"val: maps {tuple(val[0].shape)}")
     if optimizer == "prox": history = _prox(readout, maps, y, penalty, lam, epochs)
     else: history = _adam(readout, maps, y, val, penalty, lam, lr, epochs, batch_size, patience,
                           seed)

@@ -580,6 +580,8 @@ class _OwnGenerator:
 # %% ../nbs/05a_stochastic_backprop.ipynb #1c997dd0
 class _Passes(_OwnGenerator):
     "What a source of masks knows of forward passes."
+    keep_ratio = property(lambda s: s._ratio, lambda s, r: setattr(s, "_ratio", _check_ratio(r)))
+
     def __repr__(self):
         how = f"mask={self.mask!r}, shared={self.shared}, base={self.base}"
         return f"MaskSource({self.keep_ratio:g}, {how})"
@@ -650,7 +652,6 @@ def _draw(
 # %% ../nbs/05a_stochastic_backprop.ipynb #07174769
 class MaskSource(_Passes):
     """Keep sets from an own generator: one mask that all operations share, or one for each.
-
     A forward pass begins with `refresh`, see `attach`. Ranks of torch.distributed draw apart."""
     def __init__(
         self,
@@ -668,12 +669,6 @@ class MaskSource(_Passes):
         self.base, self.seed = None if base is None else _check_size(base), operator.index(seed)
         self.generator, self.options, self.masks, self.sets = generator, options, None, {}
         self.ranked = generator is None
-
-    @property
-    def keep_ratio(self) -> float: return self._ratio
-
-    @keep_ratio.setter
-    def keep_ratio(self, value: float): self._ratio = _check_ratio(value)
 
     @torch._disable_dynamo
     def draw(

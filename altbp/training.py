@@ -259,7 +259,7 @@ def _resume(
 class Diverged(ArithmeticError):
     "The loss of a step is not a finite number."
 
-# %% ../nbs/92_training.ipynb #95984d8f
+# %% ../nbs/92_training.ipynb #5c0e9a71
 def _reported(
     out, # what a rule returned
 ) -> dict:
@@ -272,6 +272,7 @@ def _reported(
     got = f"the keys {list(out)}" if isinstance(out, dict) else "None"
     raise TypeError(f"gradients: expected the loss, or a dictionary that has it, got {got}")
 
+# %% ../nbs/92_training.ipynb #95984d8f
 def _train_epoch(
     s: _State,
     x, y,         # all training examples

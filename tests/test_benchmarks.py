@@ -41,7 +41,7 @@ def assert_form(record, script, quick):
         assert task["rows"][task["reference"]]["ratio"] == 1
         for row in task["rows"].values():
             low, high = row["spread"]
-            assert row["ms"] > 0 and 0 < low <= row["ratio"] <= high and 1 <= row["rounds"] <= record["rounds"]
+            assert row["ms"] > 0 and 0 < low <= row["ratio"] <= high and 1 <= row["rounds"] <= record["rounds"] * task.get("builds", 1)
         for limit in task["limits"]:
             met = {"<=": limit["value"] <= limit["limit"], ">=": limit["value"] >= limit["limit"]}[limit["op"]]
             assert limit["verdict"] == ("met" if met else "missed")
