@@ -71,7 +71,8 @@ def measure(run):
     warnings.simplefilter("ignore")  # BioTorch's
     for name, (make, shape) in list(TASKS.items())[1 if run.quick else 0 : 2 if run.quick else None]:
         steps = steppers(make, shape, run.device, run.peers["BioTorch"])
-        task = Task(steps, "bp", run.rounds, run.device, builds=min(BUILDS, run.rounds))
+        builds = min(BUILDS, run.rounds)
+        task = Task(steps, "bp", run.rounds, run.device, builds=builds)
         for rule in RULES if run.limits else ():
             if rule in LIMITS and name.endswith("batch-128"):
                 task.limit(f"{rule} over backpropagation, {name}", task.ratios(rule, "bp"), "<=", LIMITS[rule])
@@ -80,7 +81,7 @@ def measure(run):
         yield name, task
         for rule in CLOSE if run.limits and run.peers["BioTorch"] else ():
             theirs = f"{rule} (BioTorch)"
-            task = Task({k: steps[k] for k in (rule, theirs)}, theirs, 4 * run.rounds, run.device, builds=4 * BUILDS)
+            task = Task({k: steps[k] for k in (rule, theirs)}, theirs, 4 * run.rounds, run.device, builds=4 * builds)
             task.limit(f"{rule} over BioTorch's, {name}", task.ratios(rule, theirs), "<=", 1.0)
             yield f"{name}, {rule} and BioTorch's", task
 
