@@ -157,9 +157,8 @@ class _Linear(_Function):
         return dx, dW, g.sum(0) if for_b else None, None, None, None
 
 # %% ../nbs/01_feedback_alignment.ipynb #3b84bd32
-def _prepare(x, weight, feedback, mode, key):
-    "Raise ValueError for input that does not fit."
-    if not x.is_floating_point(): raise ValueError(f"x: dtype {x.dtype} is not a floating one")
+def _prepare(weight, feedback, mode, key):
+    "Raise ValueError for feedback that does not fit."
     if mode not in MODES: raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
     if feedback is None: raise ValueError("feedback: is None, needs a tensor")
     if mode == "fixed" and feedback.dtype != weight.dtype:
@@ -172,7 +171,8 @@ def _prepare(x, weight, feedback, mode, key):
         raise ValueError(f"key: mode {mode!r} needs a (seed, step) tensor")
 
 def _autocast(x, *tensors):
-    "Cast as torch.autocast does for the matrix products of torch's own layers."
+    "Cast as torch.autocast does for torch's own layers; raise ValueError unless x is floating."
+    if not x.is_floating_point(): raise ValueError(f"x: dtype {x.dtype} is not a floating one")
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device): return x, *tensors
     dtype = torch.get_autocast_dtype(device)
@@ -200,7 +200,7 @@ def fa_linear(
     key: Tensor | None = None,  # see `backward_weight`
 ) -> Tensor:                    # (..., d_out)
     "Return x Wᵀ + b, backwards @eq-fa-linear (so are second derivatives: by B); raise ValueError."
-    _prepare(x, weight, feedback, mode, key)
+    _prepare(weight, feedback, mode, key)
     return _linear(x, weight, bias, feedback, mode, key)
 
 def _linear(x, weight, bias, feedback, mode, key):
@@ -209,7 +209,6 @@ def _linear(x, weight, bias, feedback, mode, key):
     if not n or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x: shape {tuple(x.shape)} does not end with the weight's "
                          f"{weight.shape[-1]} columns")
-    if not x.is_floating_point(): raise ValueError(f"x: dtype {x.dtype} is not a floating one")
     x, weight, bias, feedback = _autocast(x, weight, bias, feedback)
     out = _Linear.apply(x if n > 1 else x[None], weight, bias, feedback, mode, key)
     return out if n > 1 else out[0]
@@ -253,7 +252,7 @@ def fa_conv(
     key: Tensor | None = None,   # see `backward_weight`
 ) -> Tensor:
     "Return a convolution whose delta goes down through the feedback; raise ValueError."
-    _prepare(x, weight, feedback, mode, key)
+    _prepare(weight, feedback, mode, key)
     space, channels = weight.dim() - 2, weight.shape[0] if transposed else weight.shape[1] * groups
     if x.dim() not in (space + 1, space + 2) or x.shape[-space - 1] != channels:
         raise ValueError(f"x: shape {tuple(x.shape)} is not ([n,] {channels}, ...) with {space} "
